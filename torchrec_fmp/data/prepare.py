@@ -1,0 +1,288 @@
+"""`prepare`: raw files to the Parquet and the schema file that training reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NoReturn
+from urllib.parse import quote
+
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from torchrec_fmp import paths
+from torchrec_fmp.data.conversion import to_values
+from torchrec_fmp.data.errors import DataError
+from torchrec_fmp.data.prepared import RowConverter, SplitWriter
+from torchrec_fmp.data.raw.avazu import AvazuTable
+from torchrec_fmp.data.raw.criteo import criteo_table
+from torchrec_fmp.data.raw.delimited import CSV, TSV, DelimitedTable, read_names
+from torchrec_fmp.data.raw.movielens import MovieLensTable
+from torchrec_fmp.data.raw.parquet import ParquetTable, read_schema
+from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable, list_inputs
+from torchrec_fmp.data.schema import Schema, SparseColumn
+from torchrec_fmp.data.splitting import ColumnSplit, OrderSplit, RowSplit, SeedSplit, TimeSplit
+from torchrec_fmp.data.vocabulary import HashBuckets, IdMap, ValueCounts, Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_FREE_FORMATS = ("csv", "tsv", "parquet")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What to prepare, and how.
+
+    Args:
+        format: format of the raw files. criteo, avazu and movielens know their columns.
+        inputs: files or directories, plain or compressed; for movielens the release's directory.
+        out: local directory to create.
+        label: csv, tsv, parquet: the column of 0 and 1.
+        dense: csv, tsv, parquet: columns of numbers.
+        sparse: csv, tsv, parquet: columns of values that become ids; without it, all that are left.
+        log_dense: whether dense x becomes sign(x) * log(1 + abs(x)).
+        rating_threshold: movielens: ratings above it are positive.
+        min_count: values rarer than this in the training rows share id 0.
+        hash_buckets: hash values to this many ids a column instead of building vocabularies.
+        split: how the test split is taken: the last rows (order), the latest rows (time), rows at
+            random (seed), or the rows where `split_column` is 1 (column).
+        test_fraction: share of the test split; with `column` it has no effect.
+        split_column: csv, tsv, parquet: the column that `time` or `column` reads; no feature.
+        seed: of the split by seed.
+        row_group_rows: rows in a row group of the Parquet files.
+
+    Raises:
+        ValueError: if options contradict each other or are out of range.
+    """
+
+    format: Literal["criteo", "avazu", "movielens", "csv", "tsv", "parquet"]
+    inputs: list[str]
+    out: str
+    label: str | None = None
+    dense: list[str] = field(default_factory=list)
+    sparse: list[str] | None = None
+    log_dense: bool = True
+    rating_threshold: float = 3.0
+    min_count: int = 2
+    hash_buckets: int | None = None
+    split: Literal["order", "time", "seed", "column"] = "order"
+    test_fraction: float = 0.1
+    split_column: str | None = None
+    seed: int = 0
+    row_group_rows: int = 65_536
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ValueError("inputs names no file")
+        if self.format == "movielens" and len(self.inputs) != 1:
+            raise ValueError(f"movielens takes one directory, but inputs names {len(self.inputs)}")
+        for name in ("min_count", "hash_buckets", "row_group_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"test_fraction is {self.test_fraction}, it must be between 0 and 1")
+        if self.format in _FREE_FORMATS:
+            self._check_free_columns()
+        else:
+            self._check_fixed_columns()
+
+    def _check_free_columns(self) -> None:
+        if self.label is None:
+            raise ValueError(f"format {self.format} needs the name of the label column: set label")
+        reads_column = self.split in ("time", "column")
+        if reads_column and self.split_column is None:
+            raise ValueError(f"split {self.split} of format {self.format} needs split_column")
+        if self.split_column is not None and not reads_column:
+            raise ValueError(f"split_column has no effect with split {self.split}: remove it")
+
+    def _check_fixed_columns(self) -> None:
+        for name in ("label", "dense", "sparse", "split_column"):
+            if getattr(self, name):
+                raise ValueError(f"{name} cannot be set: format {self.format} knows its columns")
+        if self.split == "column" or (self.split == "time" and self.format == "criteo"):
+            raise ValueError(f"format {self.format} has no column for split {self.split}")
+
+
+def prepare(config: PrepareConfig) -> Schema:
+    """Writes `config.out` and returns its schema; memory does not grow with the number of rows.
+
+    The directory holds train/ and test/ (Parquet: int8 label, float32 dense, int32 ids, lists of
+    int32 for multivalued columns; rows in the raw order), schema.json, vocabulary/COLUMN.parquet
+    (value, id, count; not when hashing) and prepare.json (config, rows, share of values out of
+    vocabulary). Vocabularies are built on the training rows alone, so that the test split measures
+    what values never seen do. Missing values count as the value "". The directory appears whole,
+    or not at all.
+
+    Raises:
+        DataError: if the raw files cannot be used; names file, column, row and value.
+        FileExistsError: if `config.out` exists and is not empty.
+        FileNotFoundError: if an input does not exist.
+        ValueError: if a path has an unknown scheme, or columns contradict each other.
+    """
+    with _appearing_whole(config.out) as directory:
+        raw = _open_raw(config)
+        if not any(chunk.rows.num_rows for chunk in raw.scan([raw.columns.label])):
+            raise DataError("no rows", file=raw.files[0], remedy="Name files that hold data.")
+        split = _fit_split(config, raw)
+        id_maps = _fit_id_maps(config, raw, split)
+        converter = RowConverter(raw.columns, id_maps, config.log_dense)
+        report = _write_splits(config, raw, split, converter, directory)
+        schema = Schema(
+            label=raw.columns.label,
+            dense=raw.columns.dense,
+            sparse=tuple(
+                SparseColumn(name, id_maps[name].num_embeddings) for name in raw.columns.sparse
+            ),
+        )
+        schema.save(paths.join(directory, "schema.json"))
+        _save_vocabularies(id_maps, paths.join(directory, "vocabulary"))
+        with paths.open_path(paths.join(directory, "prepare.json"), "w") as file:
+            json.dump({"config": asdict(config), **report}, file, indent=2)
+            file.write("\n")
+    logger.info("prepared %s: rows %s", config.out, report["rows"])
+    return schema
+
+
+@contextlib.contextmanager
+def _appearing_whole(out: str) -> Iterator[str]:
+    """A directory beside `out` that takes its name when the block ends without an error."""
+    if "://" in out:
+        raise ValueError(f"{out} is not local: prepare into a local directory, then copy it")
+    if paths.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+        raise FileExistsError(f"{out} exists and is not empty: name another, or remove it")
+    target = os.path.realpath(out)
+    staging = f"{target}.{uuid.uuid4().hex[:8]}.partial"
+    paths.make_directories(staging)
+    try:
+        yield staging
+        # Of a directory this replaces an empty one, and fails if someone filled it meanwhile.
+        os.replace(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _open_raw(config: PrepareConfig) -> RawTable:
+    if config.format == "movielens":
+        return MovieLensTable(config.inputs[0], config.rating_threshold)
+    files = list_inputs(config.inputs)
+    if config.format == "criteo":
+        return criteo_table(files)
+    if config.format == "avazu":
+        return AvazuTable(files)
+    if config.format == "parquet":
+        return ParquetTable(files, _free_columns(config, read_schema(files[0]).names))
+    dialect = CSV if config.format == "csv" else TSV
+    return DelimitedTable(files, dialect, _free_columns(config, read_names(files[0], dialect)))
+
+
+def _free_columns(config: PrepareConfig, present: tuple[str, ...] | list[str]) -> RawColumns:
+    assert config.label is not None
+    sparse = config.sparse
+    if sparse is None:
+        taken = {config.label, config.split_column, *config.dense}
+        sparse = [name for name in present if name not in taken]
+    return RawColumns(config.label, tuple(config.dense), tuple(sparse))
+
+
+def _fit_split(config: PrepareConfig, raw: RawTable) -> RowSplit:
+    column = config.split_column or raw.columns.time
+    if config.split == "order":
+        return OrderSplit.fit(raw, config.test_fraction)
+    if config.split == "seed":
+        return SeedSplit(config.seed, config.test_fraction)
+    assert column is not None
+    if config.split == "time":
+        return TimeSplit.fit(raw, column, config.test_fraction)
+    return ColumnSplit(column)
+
+
+def _fit_id_maps(config: PrepareConfig, raw: RawTable, split: RowSplit) -> Mapping[str, IdMap]:
+    columns = raw.columns
+    if config.hash_buckets is not None:
+        return {name: HashBuckets(config.hash_buckets) for name in columns.sparse}
+    counts = {name: ValueCounts() for name in columns.sparse}
+    names = dict.fromkeys((*columns.sparse, *split.columns))
+    with ThreadPoolExecutor() as pool, _progress("counting values") as progress:
+        for chunk in raw.scan(list(names)):
+            train = chunk.rows.filter(pc.invert(split.test_mask(chunk)))
+            _count(replace(chunk, rows=train), columns.multivalued, counts, pool)
+            progress.update(chunk.rows.num_rows)
+        vocabularies = pool.map(
+            lambda name: Vocabulary.of_frequent(counts[name], config.min_count), columns.sparse
+        )
+        return dict(zip(columns.sparse, vocabularies, strict=True))
+
+
+def _count(
+    chunk: RawChunk, multivalued: frozenset[str], counts: Mapping[str, ValueCounts], pool: Executor
+) -> None:
+    def count(name: str) -> None:
+        counts[name].add(to_values(chunk, name, name in multivalued).values)
+
+    # `list` waits, and raises what a thread raised.
+    list(pool.map(count, counts))
+
+
+def _write_splits(
+    config: PrepareConfig, raw: RawTable, split: RowSplit, converter: RowConverter, directory: str
+) -> dict[str, Any]:
+    names = dict.fromkeys((*converter.schema.names, *split.columns))
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor())
+        progress = stack.enter_context(_progress("writing"))
+        train, test = (
+            stack.enter_context(_open_split(directory, name, converter, config.row_group_rows))
+            for name in ("train", "test")
+        )
+        for chunk in raw.scan(list(names)):
+            table = converter.convert(chunk, pool)
+            test_mask = split.test_mask(chunk)
+            train.write(table.filter(pc.invert(test_mask)))
+            test.write(table.filter(test_mask))
+            progress.update(chunk.rows.num_rows)
+    writers = {"train": train, "test": test}
+    for name, writer in writers.items():
+        if not writer.rows:
+            raise DataError(
+                f"split {config.split} leaves the {name} split empty",
+                file=raw.files[0],
+                remedy="Change split, test_fraction or split_column.",
+            )
+    report: dict[str, Any] = {"rows": {name: writer.rows for name, writer in writers.items()}}
+    if config.hash_buckets is None:
+        report["out_of_vocabulary"] = {
+            name: writer.out_of_vocabulary() for name, writer in writers.items()
+        }
+    return report
+
+
+def _open_split(
+    directory: str, name: str, converter: RowConverter, row_group_rows: int
+) -> SplitWriter:
+    split_directory = paths.join(directory, name)
+    paths.make_directories(split_directory)
+    path = paths.join(split_directory, "part-00000.parquet")
+    return SplitWriter(path, converter.schema, row_group_rows)
+
+
+def _save_vocabularies(id_maps: Mapping[str, IdMap], directory: str) -> None:
+    vocabularies = {name: ids for name, ids in id_maps.items() if isinstance(ids, Vocabulary)}
+    if vocabularies:
+        paths.make_directories(directory)
+    for name, vocabulary in vocabularies.items():
+        # A column's name may hold "/", a file's may not.
+        vocabulary.save(paths.join(directory, f"{quote(name, safe=' ')}.parquet"))
+
+
+def _progress(what: str) -> tqdm[NoReturn]:
+    # None is tqdm's word for: only on a terminal.
+    return tqdm(desc=what, unit=" rows", unit_scale=True, disable=None)

@@ -1,0 +1,156 @@
+"""Which raw rows are the test split: by order, time, seed, or a column that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from torchrec_fmp.data.conversion import to_test_mask, to_values
+from torchrec_fmp.data.raw.table import RawChunk, RawTable
+from torchrec_fmp.data.vocabulary import ValueCounts
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+class RowSplit(Protocol):
+    """Which rows are the test split; a pure function of the row, however the rows are chunked."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that `test_mask` reads."""
+
+    def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        """True for the chunk's rows that belong to the test split."""
+
+
+@dataclass(frozen=True)
+class OrderSplit:
+    """The last rows are the test split.
+
+    Args:
+        train_rows: number of rows before the first test row.
+    """
+
+    train_rows: int
+    columns: tuple[str, ...] = ()
+
+    @staticmethod
+    def fit(raw: RawTable, test_fraction: float) -> OrderSplit:
+        """Counts the rows."""
+        rows = raw.count_rows()
+        return OrderSplit(rows - round(test_fraction * rows))
+
+    def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        return pa.array(_positions(chunk) >= self.train_rows)
+
+
+@dataclass(frozen=True)
+class TimeSplit:
+    """The rows later than the last training time are the test split, wherever they stand.
+
+    Times are compared as integers if all of them are, else as numbers, else as text (which is right
+    for ISO 8601). Rows of one time are never divided, so the test split may be smaller than asked.
+
+    Args:
+        column: the column that holds the time.
+        last_train_time: its value in the latest training row.
+    """
+
+    column: str
+    last_train_time: pa.Scalar
+
+    @staticmethod
+    def fit(raw: RawTable, column: str, test_fraction: float) -> TimeSplit:
+        """Reads the time of all rows; memory grows with the distinct times.
+
+        Raises:
+            DataError: if a row has no time.
+        """
+        counts = ValueCounts()
+        for chunk in raw.scan([column]):
+            counts.add(_times(chunk, column))
+        table = counts.table()
+        times = pc.cast(table["value"], _time_type(table["value"]))
+        ordered = pa.table({"time": times, "count": table["count"]}).sort_by("time")
+        rows_until = np.cumsum(ordered["count"].to_numpy())
+        rows = int(rows_until[-1])
+        last = int(np.searchsorted(rows_until, rows - round(test_fraction * rows)))
+        return TimeSplit(column, ordered["time"][last])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        times = pc.cast(_times(chunk, self.column), self.last_train_time.type)
+        return pc.greater(times, self.last_train_time)
+
+
+@dataclass(frozen=True)
+class SeedSplit:
+    """Each row is in the test split with the same probability, by a hash of its position."""
+
+    seed: int
+    test_fraction: float
+    columns: tuple[str, ...] = ()
+
+    def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        # Seeds are hashed first, so that neighbouring seeds do not give shifted copies.
+        start = _splitmix64(np.array([self.seed & _MASK], np.uint64))
+        bits = _splitmix64(_positions(chunk).astype(np.uint64) * np.uint64(_GOLDEN) + start)
+        return pa.array((bits >> np.uint64(11)) * 2.0**-53 < self.test_fraction)
+
+
+@dataclass(frozen=True)
+class ColumnSplit:
+    """A column says it: 1 is test, 0 is train."""
+
+    column: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
+    def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        return to_test_mask(chunk, self.column).cast(pa.bool_())
+
+
+def _positions(chunk: RawChunk) -> npt.NDArray[np.int64]:
+    return np.arange(chunk.position, chunk.position + chunk.rows.num_rows)
+
+
+def _times(chunk: RawChunk, column: str) -> pa.LargeStringArray:
+    times = to_values(chunk, column, multivalued=False).values
+    index = pc.index(times, "").as_py()
+    if index >= 0:
+        raise chunk.error(
+            "no time",
+            column=column,
+            index=index,
+            remedy="A split by time needs one in every row: repair the row or split otherwise.",
+        )
+    return times
+
+
+def _time_type(times: pa.ChunkedArray) -> pa.DataType:
+    for kind in (pa.int64(), pa.float64()):
+        try:
+            pc.cast(times, kind)
+        except pa.ArrowInvalid:
+            continue
+        return kind
+    return pa.large_string()
+
+
+def _splitmix64(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The output function of splitmix64 (Steele, Lea, Flood 2014), modulo 2**64."""
+    state = state + np.uint64(_GOLDEN)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

@@ -1,0 +1,1 @@
+"""Hard concrete gates on the features of a TorchRec model."""
