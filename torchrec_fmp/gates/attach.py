@@ -13,6 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
 from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
+from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
 
 
 def attach_gates(
@@ -63,6 +64,15 @@ def feature_gates(model: nn.Module) -> Iterator[tuple[str, FeatureGates]]:
     for fqn, module in get_unwrapped_module(model).named_modules():
         if isinstance(module, FeatureGates):
             yield fqn, module
+
+
+def embedding_features(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Fqn of every gated embedding collection, sharded or not -> its features."""
+    return {
+        fqn: module.gates.features
+        for fqn, module in get_unwrapped_module(model).named_modules()
+        if isinstance(module, (GatedEmbeddingBagCollection, ShardedGatedEmbeddingBagCollection))
+    }
 
 
 def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:

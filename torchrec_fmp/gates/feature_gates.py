@@ -24,7 +24,8 @@ class GateConfig:
         log_alpha_bounds: `log_alpha` stays between the two. A gate beyond the upper one hardly
             feels the penalty any more, and one below the lower could not come back.
         sampling: `example` draws one gate value for each example and feature, `batch` one for each
-            feature. Measured to find the same features; per batch is cheaper.
+            feature. Per example finds the truth more often, per batch is cheaper
+            (docs/experiments.md).
         centered: judge a feature by how its embedding varies over the batch. A feature without
             signal is soon used as a constant that other features' dot products are read with;
             its embedding's mean then makes the exact gradient keep the gate open. Centering leaves
@@ -38,7 +39,7 @@ class GateConfig:
 
     initial_log_alpha: float = 1.5
     log_alpha_bounds: tuple[float, float] = (-4.0, 2.5)
-    sampling: Literal["batch", "example"] = "batch"
+    sampling: Literal["batch", "example"] = "example"
     centered: bool = True
     seed: int = 0
     distribution: HardConcrete = field(default_factory=HardConcrete)
@@ -53,7 +54,7 @@ class GateConfig:
             )
         if not low <= self.initial_log_alpha <= high:
             raise ValueError(
-                f"initial_log_alpha is {self.initial_log_alpha}, outside of the bounds {low}, {high}"
+                f"initial_log_alpha is {self.initial_log_alpha}, outside of {low} to {high}"
             )
 
 

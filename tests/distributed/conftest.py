@@ -1,0 +1,30 @@
+"""Process groups that the distributed tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.process_group import ProcessGroup
+
+
+@pytest.fixture(scope="session")
+def ranks_1() -> Iterator[ProcessGroup]:
+    group = ProcessGroup(1)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_2() -> Iterator[ProcessGroup]:
+    group = ProcessGroup(2)
+    yield group
+    group.close()
+
+
+@pytest.fixture(scope="session")
+def ranks_4() -> Iterator[ProcessGroup]:
+    group = ProcessGroup(4)
+    yield group
+    group.close()

@@ -1,0 +1,142 @@
+"""Gates get into a model once, where they were asked for, and are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from torchrec_fmp.gates.attach import (
+    attach_gates,
+    embedding_features,
+    feature_gates,
+    gate_optimizer,
+)
+from torchrec_fmp.gates.feature_gates import GateConfig
+from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
+
+EBC = "sparse_arch.embedding_bag_collection"
+
+
+def collection(*features_of_tables: Sequence[str]) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=f"t{i}", embedding_dim=4, num_embeddings=10, feature_names=list(features)
+            )
+            for i, features in enumerate(features_of_tables)
+        ]
+    )
+
+
+def dlrm() -> DLRM:
+    return DLRM(collection(["a", "b"], ["c"]), 2, [8, 4], [8, 1])
+
+
+def test_every_collection_and_named_dense_module_gets_gates_and_keeps_its_place() -> None:
+    model = dlrm()
+    dense_arch = model.dense_arch
+    returned = attach_gates(model, GateConfig(), {"dense_arch": ["x", "y"]})
+    assert returned is model
+    assert type(model.get_submodule(EBC)) is GatedEmbeddingBagCollection
+    assert type(model.dense_arch) is GatedDense
+    assert model.dense_arch._module is dense_arch
+    assert [(fqn, gates.features, gates.name) for fqn, gates in feature_gates(model)] == [
+        (f"{EBC}.gates", ("a", "b", "c"), EBC),
+        ("dense_arch.gates", ("x", "y"), "dense_arch"),
+    ]
+    assert embedding_features(model) == {EBC: ("a", "b", "c")}
+
+
+def test_a_feature_of_two_tables_gets_one_gate() -> None:
+    model = nn.ModuleDict({"ebc": collection(["a", "b"], ["b", "c"])})
+    attach_gates(model, GateConfig())
+    assert [gates.features for _, gates in feature_gates(model)] == [("a", "b", "c")]
+
+
+def test_parameters_other_than_gates_stay_the_same_objects() -> None:
+    model = dlrm()
+    before = {id(parameter) for parameter in model.parameters()}
+    attach_gates(model, GateConfig(), {"dense_arch": ["x", "y"]})
+    gates = {id(module.log_alpha) for _, module in feature_gates(model)}
+    assert {id(parameter) for parameter in model.parameters()} == before | gates
+
+
+def test_a_model_without_a_collection_is_refused() -> None:
+    with pytest.raises(ValueError, match="no EmbeddingBagCollection .* nothing to gate"):
+        attach_gates(nn.ModuleDict({"dense": nn.Linear(2, 2)}), GateConfig())
+
+
+def test_a_model_without_a_collection_may_have_gated_dense_inputs() -> None:
+    model = nn.ModuleDict({"dense": nn.Linear(2, 2)})
+    attach_gates(model, GateConfig(), {"dense": ["x", "y"]})
+    assert [fqn for fqn, _ in feature_gates(model)] == ["dense.gates"]
+
+
+def test_gates_are_attached_only_once() -> None:
+    model = attach_gates(dlrm(), GateConfig())
+    with pytest.raises(ValueError, match="has gates already"):
+        attach_gates(model, GateConfig())
+
+
+def test_a_feature_of_two_collections_is_refused_and_both_are_named() -> None:
+    model = nn.ModuleDict({"first": collection(["a", "b"]), "second": collection(["b"])})
+    with pytest.raises(ValueError, match=r"\{'b': \['first', 'second'\]\}; give each its own"):
+        attach_gates(model, GateConfig())
+
+
+def test_a_dense_column_with_the_name_of_a_sparse_feature_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"'c': .*{EBC}.*dense_arch"):
+        attach_gates(dlrm(), GateConfig(), {"dense_arch": ["x", "c"]})
+
+
+def test_a_dense_column_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'x': .*dense_arch"):
+        attach_gates(dlrm(), GateConfig(), {"dense_arch": ["x", "x"]})
+
+
+def test_an_unknown_dense_module_is_refused() -> None:
+    with pytest.raises(AttributeError, match="dense_arhc"):
+        attach_gates(dlrm(), GateConfig(), {"dense_arhc": ["x", "y"]})
+
+
+def test_a_model_that_is_itself_the_collection_is_refused() -> None:
+    with pytest.raises(ValueError, match="wrap it in a module first"):
+        attach_gates(collection(["a"]), GateConfig())
+
+
+@pytest.mark.parametrize(
+    "dense", [{"dense_arhc": ["x", "y"]}, {"dense_arch": ["x", "c"]}], ids=["fqn", "name"]
+)
+def test_a_refused_attachment_leaves_the_model_as_it_was(dense: dict[str, list[str]]) -> None:
+    model = dlrm()
+    with pytest.raises((AttributeError, ValueError)):
+        attach_gates(model, GateConfig(), dense)
+    assert list(feature_gates(model)) == []
+    assert type(model.get_submodule(EBC)) is EmbeddingBagCollection
+
+
+def test_gate_optimizer_steps_gates_alone_and_keeps_them_in_their_bounds() -> None:
+    model = attach_gates(dlrm(), GateConfig(), {"dense_arch": ["x", "y"]})
+    optimizer = gate_optimizer(model, learning_rate=100.0)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    next(iter(feature_gates(model)))[1].log_alpha.grad.neg_()
+    optimizer.step()
+    after = dict(model.named_parameters())
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {f"{EBC}.gates.log_alpha", "dense_arch.gates.log_alpha"}
+    low, high = GateConfig().log_alpha_bounds
+    assert after[f"{EBC}.gates.log_alpha"].tolist() == [high] * 3
+    assert after["dense_arch.gates.log_alpha"].tolist() == [low] * 2
+
+
+def test_gate_optimizer_of_a_model_without_gates_is_refused() -> None:
+    with pytest.raises(ValueError, match="no gates: call attach_gates before it is sharded"):
+        gate_optimizer(dlrm(), 0.1)

@@ -1,0 +1,143 @@
+"""The penalties' values, gradients and what they drive gates to."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
+from torchrec_fmp.gates.penalty import L0Penalty, TargetPenalty
+
+CONFIG = GateConfig()
+LOW, HIGH = CONFIG.log_alpha_bounds
+
+
+def gates_at(*modules: list[float]) -> list[FeatureGates]:
+    gates = []
+    for index, log_alphas in enumerate(modules):
+        names = [f"f{index}_{i}" for i in range(len(log_alphas))]
+        gates.append(FeatureGates(names, CONFIG, name=str(index)))
+        with torch.no_grad():
+            gates[-1].log_alpha.copy_(torch.tensor(log_alphas))
+    return gates
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.25, 1.0])
+def test_l0_penalty_is_the_weighted_sum_of_open_probabilities_over_all_modules(
+    strength: float,
+) -> None:
+    gates = gates_at([-1.599, 1.0], [0.3])
+    value = L0Penalty(weight=0.02)(gates, strength)
+    shift = 2 / 3 * math.log(0.1 / 1.1)
+    p = [1 / (1 + math.exp(shift - log_alpha)) for log_alpha in (-1.599, 1.0, 0.3)]
+    assert value.shape == ()
+    assert value.item() == pytest.approx(0.02 * strength * sum(p), rel=1e-5)
+    value.backward()
+    grads = torch.cat([module.log_alpha.grad for module in gates]).tolist()
+    assert grads == pytest.approx([0.02 * strength * x * (1 - x) for x in p], rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("weight", [-1e-3, math.nan, math.inf])
+def test_l0_weight_that_is_no_price_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"weight is {weight}, it must be finite and at least 0"):
+        L0Penalty(weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(closed=st.integers(0, 20), opened=st.integers(1, 20), learning_rate=st.floats(0.01, 10))
+def test_target_is_met_exactly_when_its_share_is_at_the_upper_bound_and_the_rest_at_the_lower(
+    closed: int, opened: int, learning_rate: float
+) -> None:
+    gates = gates_at([LOW] * closed + [HIGH] * opened)
+    penalty = TargetPenalty(keep=opened / (closed + opened), learning_rate=learning_rate)
+    value = penalty(gates, strength=1.0)
+    assert value.item() == pytest.approx(0, abs=1e-9)
+    # The multipliers sum the excess: they show that it is 0, which a value of 0 alone does not.
+    assert penalty.multipliers == pytest.approx((0, 0), abs=1e-6 * learning_rate)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    log_alphas=st.lists(st.floats(LOW, HIGH), min_size=1, max_size=10),
+    keep=st.floats(0.05, 1),
+    strength=st.floats(0, 1),
+)
+def test_target_penalty_is_the_augmented_lagrangian_of_the_excess(
+    log_alphas: list[float], keep: float, strength: float
+) -> None:
+    gates = gates_at(log_alphas)
+    penalty = TargetPenalty(keep, learning_rate=0.5)
+    low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
+    share = (gates[0].open_probability().mean().item() - low) / (high - low)
+    excess = share - (1 + strength * (keep - 1))
+    linear = quadratic = 0.0
+    for _ in range(3):
+        value = penalty(gates, strength).item()
+        if strength > 0:
+            linear, quadratic = linear + 0.5 * excess, quadratic + 0.5 * excess**2
+        assert value == pytest.approx(linear * excess + quadratic * excess**2, abs=1e-5)
+    assert penalty.multipliers == pytest.approx((linear, quadratic), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(log_alpha=st.floats(LOW, HIGH), keep=st.floats(0.05, 1))
+def test_multipliers_rise_while_too_many_gates_are_open_and_the_linear_falls_while_too_few(
+    log_alpha: float, keep: float
+) -> None:
+    gates = gates_at([log_alpha] * 4)
+    low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
+    excess = (gates[0].open_probability().mean().item() - low) / (high - low) - keep
+    assume(abs(excess) > 1e-3)
+    penalty = TargetPenalty(keep)
+    seen = [(0.0, 0.0)]
+    for _ in range(3):
+        penalty(gates, 1.0)
+        seen.append(penalty.multipliers)
+    linear, quadratic = zip(*seen, strict=True)
+    assert all((b > a) == (excess > 0) for a, b in zip(linear, linear[1:], strict=False))
+    assert all(b > a for a, b in zip(quadratic, quadratic[1:], strict=False))
+
+
+def test_target_penalty_without_strength_moves_nothing() -> None:
+    gates = gates_at([1.0, -1.0])
+    penalty = TargetPenalty(keep=0.5)
+    value = penalty(gates, strength=0.0)
+    value.backward()
+    assert value.item() == 0
+    assert penalty.multipliers == (0.0, 0.0)
+    assert torch.equal(gates[0].log_alpha.grad, torch.zeros(2))
+
+
+@pytest.mark.parametrize("keep", [0.25, 0.5])
+def test_toy_optimisation_keeps_the_target_share_and_the_most_useful_features(keep: float) -> None:
+    count = 12
+    names = [str(i) for i in range(count)]
+    gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
+    # What the task loses when feature i closes.
+    usefulness = torch.linspace(0.01, 0.12, count)
+    penalty = TargetPenalty(keep, learning_rate=0.05)
+    optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
+    for step in range(600):
+        optimizer.zero_grad()
+        task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
+        (task_loss + penalty([gates], min(1.0, step / 100))).backward()
+        optimizer.step()
+        gates.clamp_()
+    kept = (gates.values() > 0).nonzero().squeeze(1).tolist()
+    assert kept == list(range(count - round(keep * count), count))
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, math.nan])
+def test_target_share_outside_of_0_to_1_is_refused(keep: float) -> None:
+    with pytest.raises(ValueError, match=rf"share of features to keep is {keep}, it must be in"):
+        TargetPenalty(keep)
+
+
+@pytest.mark.parametrize("learning_rate", [0.0, -1.0, math.nan])
+def test_multipliers_learning_rate_that_is_not_positive_is_refused(learning_rate: float) -> None:
+    with pytest.raises(ValueError, match=f"learning rate is {learning_rate}, not positive"):
+        TargetPenalty(0.5, learning_rate)

@@ -1,0 +1,71 @@
+"""TorchRec's planner, set up for the tables of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torchrec.distributed.comm import get_local_size
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import ShardingPlan, ShardingType
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """What the planner may choose from.
+
+    Args:
+        sharding_types: TorchRec's names, such as table_wise, row_wise and column_wise.
+        tables: table -> its own sharding types, where they differ.
+    """
+
+    sharding_types: Sequence[str] = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
+    tables: dict[str, list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        known = [sharding_type.value for sharding_type in ShardingType]
+        asked = [*self.sharding_types, *(t for ts in (self.tables or {}).values() for t in ts)]
+        unknown = [name for name in asked if name not in known]
+        if unknown:
+            raise ValueError(f"unknown sharding types {unknown}; TorchRec has {known}")
+
+
+def make_planner(
+    config: PlannerConfig, tables: Iterable[str], batch_size: int, device_type: str
+) -> EmbeddingShardingPlanner:
+    """TorchRec's `EmbeddingShardingPlanner` for the ranks of the default process group.
+
+    Args:
+        config: constraints.
+        tables: names of all tables; those of tables that are pruned later are ignored then.
+        batch_size: on one rank, for the estimates.
+        device_type: `cpu` or `cuda`.
+    """
+    world_size = dist.get_world_size()
+    own = config.tables or {}
+    constraints = {
+        table: ParameterConstraints(sharding_types=list(own.get(table, config.sharding_types)))
+        for table in tables
+    }
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=get_local_size(world_size),
+        compute_device=device_type,
+    )
+    return EmbeddingShardingPlanner(
+        topology=topology, batch_size=batch_size, constraints=constraints, debug=False
+    )
+
+
+def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
+    """Table -> sharding type, compute kernel and ranks; plain data for reports."""
+    described: dict[str, dict[str, object]] = {}
+    for module_plan in plan.plan.values():
+        for table, sharding in module_plan.items():  # type: ignore[attr-defined]
+            described[table] = {
+                "sharding_type": sharding.sharding_type,
+                "compute_kernel": sharding.compute_kernel,
+                "ranks": list(sharding.ranks or []),
+            }
+    return described

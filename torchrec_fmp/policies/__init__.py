@@ -1,0 +1,1 @@
+"""Policies: scores -> selection, one file each."""

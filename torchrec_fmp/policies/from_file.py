@@ -1,0 +1,35 @@
+"""Replay a selection from a file, edited by hand or not."""
+
+from __future__ import annotations
+
+from torchrec_fmp.policies.policy import Policy
+from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.scores.feature_scores import FeatureScores
+
+
+class FromFile(Policy):
+    """Takes the decisions of a `selection.json`.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def select(self, scores: FeatureScores) -> Selection:
+        """The file's decisions, in the model's order.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it decides on other features than the model has.
+        """
+        selection = Selection.load(self.path)
+        missing = [name for name in scores.scores if name not in selection.features]
+        unknown = [name for name in selection.features if name not in scores.scores]
+        if missing or unknown:
+            raise ValueError(
+                f"{self.path} does not fit the model: no decision for {missing}, "
+                f"and decisions for features that the model does not have: {unknown}"
+            )
+        return Selection({name: selection.features[name] for name in scores.scores})

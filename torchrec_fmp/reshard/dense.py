@@ -1,0 +1,156 @@
+"""Cuts dense parameters, buffers and the state of `torch.optim` optimizers along the `CutMap`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+
+from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
+
+
+@torch.no_grad()
+def fill_dense(
+    model: nn.Module, old_tensors: Mapping[str, Tensor], cut_map: CutMap, sources: Mapping[str, str]
+) -> None:
+    """Replaces the meta parameters of the smaller model by the cut ones, except the tables'.
+
+    Args:
+        model: not yet sharded; changed in place.
+        old_tensors: parameters and buffers of the old model by its fqns; a table is not in it.
+        cut_map: of `model`.
+        sources: fqn in the bare old model -> fqn in the old model.
+    """
+    for fqn, tensor_cut in cut_map.tensors.items():
+        old = old_tensors.get(sources[tensor_cut.source])
+        if old is None:
+            continue
+        parent, _, name = fqn.rpartition(".")
+        module = model.get_submodule(parent)
+        value = tensor_cut.apply(old.detach())
+        if name in module._parameters:
+            requires_grad = module._parameters[name].requires_grad  # type: ignore[union-attr]
+            module._parameters[name] = nn.Parameter(value, requires_grad=requires_grad)
+        else:
+            module._buffers[name] = value
+
+
+def carry_optimizer(
+    optimizer: Optimizer,
+    old: DistributedModelParallel,
+    new: DistributedModelParallel,
+    cut_map: CutMap,
+    sources: Mapping[str, str],
+) -> Callable[[], Optimizer]:
+    """Prepares the optimizer of the new model: groups, hyperparameters, cut states, step counters.
+
+    Takes `torch.optim` optimizers, and TorchRec's `KeyedOptimizerWrapper`, `CombinedOptimizer` and
+    `OptimizerWrapper` around them. Parameters that do not survive, such as gates, are left out.
+
+    Returns:
+        A function that changes the optimizer in place, so that learning-rate schedulers and hooks
+        that refer to it go on working, and returns what to use from now on. Until it is called,
+        the optimizer is the old model's.
+
+    Raises:
+        ValueError: if the optimizer holds a parameter that the model does not have, or a state
+            with a shape that cannot be cut.
+    """
+    if optimizer is old.fused_optimizer:
+        return lambda: new.fused_optimizer
+    if isinstance(optimizer, CombinedOptimizer):
+        commits = [
+            (key, carry_optimizer(part, old, new, cut_map, sources))
+            for key, part in optimizer.optimizers
+        ]
+        return lambda: CombinedOptimizer([(key, commit()) for key, commit in commits])
+    if isinstance(optimizer, OptimizerWrapper):
+        return _carry_wrapped(optimizer, old, new, cut_map, sources)
+    names = {parameter: fqn for fqn, parameter in old.named_parameters()}
+    successors = _successors(new, cut_map, sources)
+    groups = []
+    states: dict[Tensor, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        kept = []
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(
+                    f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that the "
+                    "model does not have: pass the optimizer that was made for this model"
+                )
+            fqn = names[parameter]
+            if fqn not in successors:
+                continue
+            successor, tensor_cut = successors[fqn]
+            kept.append(successor)
+            if parameter in optimizer.state:
+                states[successor] = _cut_state(optimizer.state[parameter], tensor_cut)
+        groups.append(kept)
+
+    def commit() -> Optimizer:
+        for group, kept in zip(optimizer.param_groups, groups, strict=True):
+            group["params"] = kept
+        optimizer.state.clear()  # type: ignore[attr-defined]
+        optimizer.state.update(states)  # type: ignore[attr-defined]
+        if isinstance(optimizer, KeyedOptimizerWrapper):
+            kept_names = {id(p): fqn for fqn, p in new.named_parameters()}
+            optimizer.params = {kept_names[id(p)]: p for kept in groups for p in kept}
+        return optimizer
+
+    return commit
+
+
+def _carry_wrapped(
+    optimizer: OptimizerWrapper,
+    old: DistributedModelParallel,
+    new: DistributedModelParallel,
+    cut_map: CutMap,
+    sources: Mapping[str, str],
+) -> Callable[[], Optimizer]:
+    inner = carry_optimizer(optimizer._optimizer, old, new, cut_map, sources)
+
+    def commit() -> Optimizer:
+        optimizer._optimizer = inner()
+        optimizer.params = optimizer._optimizer.params
+        optimizer.state = optimizer._optimizer.state
+        optimizer.param_groups = optimizer._optimizer.param_groups
+        return optimizer
+
+    return commit
+
+
+def _successors(
+    new: DistributedModelParallel, cut_map: CutMap, sources: Mapping[str, str]
+) -> dict[str, tuple[nn.Parameter, TensorCut]]:
+    """Fqn in the old model -> parameter of the new model, and its cut."""
+    found = {}
+    for fqn, parameter in new.named_parameters():
+        tensor_cut = cut_map.tensors.get(fqn)
+        if tensor_cut is not None:
+            found[sources[tensor_cut.source]] = (parameter, tensor_cut)
+    return found
+
+
+def _cut_state(state: Mapping[str, Any], tensor_cut: TensorCut) -> dict[str, Any]:
+    """States of the parameter's shape are cut, step counters and other scalars copied.
+
+    Raises:
+        ValueError: for a tensor of any other shape.
+    """
+    cut: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            cut[name] = value
+        elif value.dim() == 0 and len(tensor_cut.source_shape) > 0:
+            cut[name] = value.clone()
+        else:
+            try:
+                cut[name] = tensor_cut.select(value)
+            except ValueError as error:
+                raise ValueError(f"optimizer state {name!r}: {error}") from error
+    return cut

@@ -1,0 +1,1 @@
+"""Scorers: feature -> importance. Every scorer gives the same `FeatureScores`."""

@@ -1,0 +1,38 @@
+"""`FeatureScores`: what every scorer returns and every policy reads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class FeatureScores:
+    """Importance of each feature, higher is better.
+
+    Args:
+        scores: feature -> importance, finite; the unit is the scorer's.
+        gates: feature -> test-time gate in [0, 1]; 1 where the scorer has none.
+        collections: fqn of an embedding collection -> its features. A collection cannot become
+            empty, so a policy keeps at least one feature of each.
+
+    Raises:
+        ValueError: if scores and gates name different features, or a number is out of range.
+    """
+
+    scores: Mapping[str, float]
+    gates: Mapping[str, float]
+    collections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.scores.keys() != self.gates.keys():
+            different = sorted(self.scores.keys() ^ self.gates.keys())
+            raise ValueError(f"features with a score or a gate, but not both: {different}")
+        for feature, score in self.scores.items():
+            if not math.isfinite(score):
+                raise ValueError(f"the score of feature {feature!r} is {score}, not finite")
+            if not 0 <= self.gates[feature] <= 1:
+                raise ValueError(
+                    f"the gate of feature {feature!r} is {self.gates[feature]}, not in [0, 1]"
+                )

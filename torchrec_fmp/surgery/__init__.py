@@ -1,0 +1,1 @@
+"""From a model and a selection to the smaller model and the `CutMap`."""

@@ -1,0 +1,81 @@
+"""Cut rule of TorchRec's `DLRM`.
+
+DLRM's interaction takes the dot product of every pair out of the embedded dense input and the F
+sparse features. A feature whose gate is 0 makes its F products 0, so its columns leave the over
+arch, and nothing else changes. A gate that is left between 0 and 1 scales those columns instead.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, OverArch, SparseArch
+
+from torchrec_fmp.surgery.dense import cut_linear
+from torchrec_fmp.surgery.rules import Cutter, cut_rule, join_fqn
+from torchrec_fmp.surgery.tables import cut_tables
+
+_FIRST_OVER = "over_arch.model.0._mlp.0._linear"
+
+
+@cut_rule(DLRM)
+def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
+    """Shrinks the tables, the interaction and the first layer of the over arch.
+
+    Raises:
+        TypeError: if a part of the model was replaced by a module of another type.
+    """
+    for name, expected in (
+        ("dense_arch", DenseArch),
+        ("sparse_arch", SparseArch),
+        ("inter_arch", InteractionArch),
+        ("over_arch", OverArch),
+    ):
+        part = getattr(model, name)
+        if type(part) is not expected:
+            raise TypeError(
+                f"{fqn}.{name} is a {type(part).__name__} where DLRM has a {expected.__name__}: "
+                "register a cut rule for the whole model's type with torchrec_fmp.cut_rule"
+            )
+    names = list(model.sparse_arch.sparse_feature_names)
+    collection, gates = cut_tables(
+        model.sparse_arch.embedding_bag_collection,
+        join_fqn(fqn, "sparse_arch.embedding_bag_collection"),
+        cutter,
+    )
+    model.sparse_arch = SparseArch(collection)
+    model.inter_arch = InteractionArch(len(gates))
+    columns, scale = interaction_columns(
+        [name in gates for name in names],
+        [gates.get(name, 0.0) for name in names],
+        collection.embedding_bag_configs()[0].embedding_dim,
+    )
+    linear = model.get_submodule(_FIRST_OVER)
+    assert isinstance(linear, nn.Linear)
+    cut_linear(linear, join_fqn(fqn, _FIRST_OVER), cutter, columns, scale)
+
+
+def interaction_columns(
+    keep: list[bool], gates: list[float], embedding_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Columns of DLRM's interaction that stay, and what scales each.
+
+    The interaction is the embedded dense input (D columns), then the products of the pairs i < j
+    out of dense (0) and the sparse features (1 to F), row by row (InteractionArch.forward).
+
+    Args:
+        keep: of each of the F features.
+        gates: of each feature, read for the kept ones.
+        embedding_dim: D.
+
+    Returns:
+        (I',) int64 columns in ascending order, and (I',) fp32 scales.
+    """
+    size = len(keep) + 1
+    first, second = torch.triu_indices(size, size, offset=1)
+    stays = torch.tensor([True, *keep])
+    gate = torch.tensor([1.0, *gates])
+    pairs = (stays[first] & stays[second]).nonzero().squeeze(1)
+    columns = torch.cat([torch.arange(embedding_dim), embedding_dim + pairs])
+    scale = torch.cat([torch.ones(embedding_dim), (gate[first] * gate[second])[pairs]])
+    return columns, scale

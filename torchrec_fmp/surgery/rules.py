@@ -1,0 +1,90 @@
+"""The registry of cut rules, one rule per module type, and what a rule works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.surgery.cut_map import TensorCut
+
+M = TypeVar("M", bound=nn.Module)
+Rule = Callable[[M, str, "Cutter"], None]
+
+_RULES: dict[type[nn.Module], Rule[nn.Module]] = {}
+
+
+def cut_rule(module_type: type[M]) -> Callable[[Rule[M]], Rule[M]]:
+    """Registers how modules of exactly this type shrink.
+
+    The rule is called as `rule(module, fqn, cutter)`. It changes `module`, whose parameters are on
+    meta, in place, so that it reads the kept features only, and records through `cutter` what its
+    changed tensors are made of. What the module returns must keep its shape.
+
+    Raises:
+        ValueError: if there is a rule for the type.
+    """
+
+    def register(rule: Rule[M]) -> Rule[M]:
+        if module_type in _RULES:
+            raise ValueError(f"there is a cut rule for {module_type.__name__} already")
+        _RULES[module_type] = rule  # type: ignore[assignment]
+        return rule
+
+    return register
+
+
+def rule_for(module: nn.Module) -> Rule[nn.Module] | None:
+    """The rule for exactly this module's type: a subclass may compute something else."""
+    return _RULES.get(type(module))
+
+
+def join_fqn(prefix: str, name: str) -> str:
+    """Fqn of a child; the model itself has the fqn ''."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+class Cutter:
+    """The selection, for rules to read, and the record that they write.
+
+    Args:
+        selection: decisions; a feature that it does not name stays.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection = selection
+        self.tensors: dict[str, TensorCut] = {}
+
+    def keeps(self, feature: str) -> bool:
+        """Whether the feature stays."""
+        decision = self._selection.features.get(feature)
+        return decision is None or decision.kept
+
+    def gate(self, feature: str) -> float:
+        """What a kept feature is scaled by."""
+        decision = self._selection.features.get(feature)
+        return 1.0 if decision is None else decision.gate
+
+    def record(
+        self,
+        fqn: str,
+        source: Tensor,
+        columns: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        """Notes what a tensor is made of; see `TensorCut`. Its fqn stays the same.
+
+        Args:
+            fqn: of the tensor.
+            source: the old tensor, for its shape.
+            columns: int64 positions along the last dimension.
+            scale: fp32; where it is 1 throughout, nothing is scaled.
+        """
+        if columns is not None and torch.equal(columns, torch.arange(source.shape[-1])):
+            columns = None
+        if scale is not None and bool((scale == 1).all()):
+            scale = None
+        self.tensors[fqn] = TensorCut(fqn, source.shape, columns, scale)
