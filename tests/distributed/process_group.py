@@ -55,6 +55,7 @@ class ProcessGroup:
             RankError: if a rank raises, dies, or does not answer in time. The processes are then
                 ended, and the next call starts new ones.
         """
+        __tracebackhide__ = True
         if not self._ranks:
             self._start()
         call = pickle.dumps((fn, args))
@@ -84,6 +85,7 @@ class ProcessGroup:
         self._gather("start", _START_SECONDS)
 
     def _gather(self, what: str, timeout_seconds: float) -> list[T]:
+        __tracebackhide__ = True
         results: dict[int, T] = {}
         errors: dict[int, str] = {}
         deadline = time.monotonic() + timeout_seconds

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.sharding_plan import (
     column_wise,
@@ -28,7 +29,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from tests.distributed.process_group import ProcessGroup
 from torchrec_fmp.gates.attach import attach_gates, feature_gates, gate_optimizer
@@ -80,8 +81,10 @@ def shard(case: Case, model: DLRMTrain) -> DistributedModelParallel:
     all_sharders = sharders(
         {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": 0.1}
     )
-    by_table = [table_wise(rank=i % world_size) for i in range(3)]
-    by_row, by_column = [row_wise()] * 3, [column_wise(list(range(world_size)))] * 3
+    kernel = EmbeddingComputeKernel.FUSED.value
+    by_table = [table_wise(rank=i % world_size, compute_kernel=kernel) for i in range(3)]
+    by_row = [row_wise(compute_kernel=kernel)] * 3
+    by_column = [column_wise(list(range(world_size)), compute_kernel=kernel)] * 3
     shardings = {
         "table_wise": by_table,
         "row_wise": by_row,
@@ -226,42 +229,81 @@ def test_open_gates_change_no_bit_of_three_training_steps(
 
 
 def spread(model: nn.Module) -> None:
-    """A closed, an open and some gates between, the same on every rank."""
+    """A closed gate, an open one and two between."""
     for _, gates in feature_gates(model):
         with torch.no_grad():
             gates.log_alpha.copy_(torch.tensor([-3.0, 0.7, 2.4, -1.0])[: len(gates.features)])
 
 
-def evaluated(case: Case) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Pooled embeddings and logits, of the sharded model and of the one it was made from."""
+def outputs(model: nn.Module, batch: Batch) -> Tensors:
+    """Pooled embeddings by key, whose order depends on the plan, and the logits."""
+    collection = get_unwrapped_module(model).get_submodule(EBC)
+    return {**collection(batch.sparse_features).to_dict(), "logits": model(batch)[1][1]}
+
+
+def evaluated(case: Case) -> list[tuple[Tensors, Tensors]]:
+    """Pooled embeddings and logits of two batches: of the sharded model, and of the unsharded."""
     whole = build_model(case).eval()
+    spread(whole)
     dmp = shard(case, copy.deepcopy(whole)).eval()
-    for model in (whole, dmp):
-        spread(model)
+    # On CPU the sharded tables start from new random weights.
+    dmp.load_state_dict(whole.state_dict())
     results = []
     with torch.no_grad():
         for batch in batches(case, 2):
-            features = batch.sparse_features
-            sharded, pooled = dmp.module.get_submodule(EBC)(features), whole.get_submodule(EBC)(features)
-            assert sharded.keys() == pooled.keys()
-            logits = [model(batch)[1][1] for model in (dmp, whole)]
-            results.append((sharded.values(), pooled.values(), *logits))
-    steps = [gates.step.item() for _, gates in feature_gates(dmp)]
-    assert steps == [0, 0], "evaluation must not count steps"
+            results.append((outputs(dmp, batch), outputs(whole, batch)))
+    assert [gates.step.item() for _, gates in feature_gates(dmp)] == [0, 0]
     return results
 
 
 @pytest.mark.parametrize("case", [*CASES, Case("mixed")], ids=str)
-def test_evaluation_equals_that_of_the_unsharded_gated_model(
+def test_evaluation_equals_that_of_the_unsharded_gated_model_and_counts_no_step(
     ranks: ProcessGroup, case: Case
 ) -> None:
     for results in ranks.run(evaluated, case):
-        for sharded, pooled, sharded_logits, logits in results:
-            torch.testing.assert_close(sharded, pooled, rtol=0, atol=1e-6)
-            torch.testing.assert_close(sharded_logits, logits, rtol=0, atol=1e-6)
-            closed = sharded == 0
-            assert closed[:, :8].all(), "feature a is closed"
-            assert not closed[:, 8:].all(0).any(), "the others are not"
+        for sharded, unsharded in results:
+            assert sharded.keys() == {"a", "b", "c", "d", "logits"}
+            for name, tensor in unsharded.items():
+                torch.testing.assert_close(sharded[name], tensor, rtol=0, atol=1e-6, msg=name)
+            assert [name for name in "abcd" if not sharded[name].any()] == ["a"]
+
+
+class Pooled(nn.Module):
+    """Feature `b` is served by two tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            EmbeddingBagConfig(
+                name=f"t{i}", embedding_dim=4 * (i + 1), num_embeddings=20, feature_names=features
+            )
+            for i, features in enumerate((["a", "b"], ["b", "c", "d"]))
+        ]
+        self.ebc = EmbeddingBagCollection(tables=tables)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        return self.ebc(features)
+
+
+def pooled_by_two_tables() -> tuple[Tensors, Tensors]:
+    """By key, of the sharded model and of the unsharded."""
+    whole = attach_gates(Pooled(), GateConfig()).eval()
+    spread(whole)
+    dmp = DistributedModelParallel(copy.deepcopy(whole), sharders=sharders()).eval()
+    dmp.load_state_dict(whole.state_dict())
+    (batch,) = batches(Case("mixed"), 1)
+    with torch.no_grad():
+        sharded, unsharded = (model(batch.sparse_features) for model in (dmp, whole))
+    return sharded.to_dict(), unsharded.to_dict()
+
+
+def test_a_feature_of_two_tables_has_the_same_gate_in_both_when_sharded(
+    ranks: ProcessGroup,
+) -> None:
+    for sharded, unsharded in ranks.run(pooled_by_two_tables):
+        assert sharded.keys() == unsharded.keys() == {"a", "b@t0", "b@t1", "c", "d"}
+        for key, tensor in unsharded.items():
+            torch.testing.assert_close(sharded[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 def trained_gates(case: Case) -> tuple[Tensors, Tensors, list[Tensors]]:
@@ -295,7 +337,8 @@ def test_sampled_gates_train_alike_in_every_run(ranks_2: ProcessGroup) -> None:
         ranks_2.run(trained_gates, case), ranks_2.run(trained_gates, case), strict=True
     ):
         assert torch.equal(first[0][f"{EBC}.gates"], second[0][f"{EBC}.gates"])
-        assert all(torch.equal(a["logits"], b["logits"]) for a, b in zip(first[2], second[2], strict=True))
+        for step, again in zip(first[2], second[2], strict=True):
+            assert torch.equal(step["logits"], again["logits"])
 
 
 def trained_through_warm_up(case: Case) -> list[Tensors]:
@@ -330,6 +373,10 @@ def resumed(case: Case) -> tuple[Tensors, Tensors]:
         next(iter(feature_gates(continued)))[1].log_alpha.fill_(0.25)
     continued.load_state_dict(interrupted.state_dict())
     next_optimizer = optimizers(continued)
+    for _, keyed in next_optimizer.optimizers:
+        # A fresh optimizer has no state to load into.
+        if isinstance(keyed, KeyedOptimizerWrapper):
+            keyed.init_state()
     next_optimizer.load_state_dict(optimizer.state_dict())
     run_steps(continued, next_optimizer, list(batches(case))[-1:])
     return local(straight.state_dict()), local(continued.state_dict())

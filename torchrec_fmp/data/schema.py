@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from torchrec_fmp import paths
@@ -61,6 +62,18 @@ class Schema:
     def features(self) -> tuple[str, ...]:
         """Every feature, dense and sparse: what can be gated and dropped."""
         return self.dense + self.sparse_names
+
+    def only(self, features: Collection[str]) -> Schema:
+        """The schema of the given features, in the same order.
+
+        Raises:
+            ValueError: if no sparse column is left.
+        """
+        return Schema(
+            label=self.label,
+            dense=tuple(name for name in self.dense if name in features),
+            sparse=tuple(column for column in self.sparse if column.name in features),
+        )
 
     def save(self, path: str) -> None:
         """Writes the schema as JSON."""

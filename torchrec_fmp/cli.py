@@ -1,0 +1,114 @@
+"""The command line: `torchrec-fmp VERB ...`.
+
+Each verb imports what it needs when it runs, so that `doctor` works where torch does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit status: 0 done, 1 failed, 2 wrong arguments."""
+    parser = argparse.ArgumentParser(
+        prog="torchrec-fmp", description="Feature pruning for TorchRec, inside the training job."
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    run = verbs.add_parser("run", help="pretrain with gates, prune, continue")
+    run.add_argument("config", help="YAML file; options override it: --train.batch_size 512")
+    run.add_argument("--out", required=True, help="run directory, new or empty")
+    verbs.add_parser(
+        "prepare", help="raw files to the Parquet that training reads", add_help=False
+    )
+    verbs.add_parser("doctor", help="check the installed versions, and say how to fix them")
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.verb == "doctor":
+        parser.error(f"doctor takes no arguments, but got {rest}")
+    if known.verb == "doctor":
+        from torchrec_fmp import doctor
+
+        return doctor.main()
+    _set_up_logging()
+    if known.verb == "prepare":
+        return _prepare(rest)
+    return _run(known.config, known.out, rest)
+
+
+def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
+    from torchrec_fmp.config import ConfigError, load_config
+
+    try:
+        config, composed = load_config(config_path, overrides)
+    except (ConfigError, FileNotFoundError, ValueError) as error:
+        return _fail(error, status=2)
+
+    from torchrec_fmp.metrics_log import MetricsLog
+    from torchrec_fmp.pipeline import Pipeline
+    from torchrec_fmp.ranks import process_group
+    from torchrec_fmp.result import format_report, manifest_json, result_of
+    from torchrec_fmp.run_directory import RunDirectory
+
+    with process_group() as ranks:
+        directory = RunDirectory(out, writes=ranks.speaks)
+        try:
+            directory.create()
+            directory.write_text("config.yaml", composed)
+            log = MetricsLog(
+                directory.file("metrics.jsonl") if ranks.speaks else None,
+                config.train.log_interval,
+            )
+            if ranks.speaks:
+                sys.stdout.write(f"{ranks}\n")
+            outcome = Pipeline(config, ranks, log).run()
+        except (ValueError, RuntimeError, OSError) as error:
+            if logging.getLogger().isEnabledFor(logging.DEBUG):
+                raise
+            return _fail(error, status=1)
+        result = result_of(outcome, config, ranks)
+        directory.write_text("selection.json", outcome.selection.to_json())
+        directory.write_json("manifest.json", manifest_json(outcome.manifest))
+        directory.write_json("result.json", result)
+        if ranks.speaks:
+            sys.stdout.write(format_report(result, config.data.truth, out))
+    return 0
+
+
+def _prepare(arguments: Sequence[str]) -> int:
+    from jsonargparse import ArgumentParser
+
+    from torchrec_fmp.data.prepare import PrepareConfig, prepare
+
+    parser = ArgumentParser(prog="torchrec-fmp prepare")
+    parser.add_argument("format", type=str, help="criteo, avazu, movielens, csv, tsv or parquet")
+    parser.add_argument("inputs", nargs="+", type=str, help="raw files or directories")
+    parser.add_class_arguments(PrepareConfig, skip={"format", "inputs"})
+    settings = parser.parse_args(list(arguments))
+    options = {name: getattr(settings, name) for name in PrepareConfig.__dataclass_fields__}
+    try:
+        schema = prepare(PrepareConfig(**options))
+    except (ValueError, OSError) as error:
+        return _fail(error, status=1)
+    sys.stdout.write(
+        f"{settings.out}: {len(schema.dense)} dense and {len(schema.sparse)} sparse columns, "
+        f"{sum(column.num_embeddings for column in schema.sparse):,} ids\n"
+    )
+    return 0
+
+
+def _set_up_logging() -> None:
+    """TORCHREC_FMP_LOG=debug shows everything, and tracebacks instead of one-line errors."""
+    level = os.environ.get("TORCHREC_FMP_LOG", "warning").upper()
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+def _fail(error: Exception, status: int) -> int:
+    sys.stderr.write(f"torchrec-fmp: {type(error).__name__}: {error}\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

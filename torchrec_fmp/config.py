@@ -1,0 +1,222 @@
+"""The configuration of a run: composed of its parts' own dataclasses, strict, YAML."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pydoc import locate
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from torchrec_fmp import paths
+from torchrec_fmp.data.columns import BadInput
+from torchrec_fmp.data.dataset import Dataset
+from torchrec_fmp.gates.feature_gates import GateConfig
+from torchrec_fmp.gates.penalty import L0Penalty, Penalty
+from torchrec_fmp.models.backbone import Backbone
+from torchrec_fmp.planning import PlannerConfig
+from torchrec_fmp.policies.closed_gates import ClosedGates
+from torchrec_fmp.policies.policy import Policy
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; says which option, and what would be right."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Training in both phases, and of the reference model.
+
+    Args:
+        batch_size: rows a step on each rank, outside of pretraining.
+        learning_rate: of Adam, for the dense parameters.
+        embedding_learning_rate: of the fused row-wise Adagrad, for the tables.
+        shuffle: permute row groups and the rows in them; otherwise the data's order is kept.
+        bad_input: raise at values that cannot be trained on, or replace and count them.
+        workers: threads that decode ahead; they do not change the order.
+        log_interval: steps between two lines of metrics.jsonl.
+    """
+
+    batch_size: int = 1024
+    learning_rate: float = 5e-3
+    embedding_learning_rate: float = 2e-2
+    shuffle: bool = False
+    bad_input: BadInput = "raise"
+    workers: int = 1
+    log_interval: int = 20
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "batch_size", "learning_rate", "embedding_learning_rate")
+        _check_positive(self, "log_interval")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}, it must be at least 0")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """The phase with gates, on the first part of the data.
+
+    Args:
+        fraction: of the training rows.
+        batch_size: rows a step on each rank; many small steps move the gates further.
+        gate_learning_rate: of Adam, for log_alpha.
+        open_fraction: of the phase's steps, at its start, in which every gate is exactly open.
+        ramp_fraction: of the steps, after these, in which the penalty grows to its full strength.
+        penalty: what drives the gates to close.
+    """
+
+    fraction: float = 0.2
+    batch_size: int = 128
+    gate_learning_rate: float = 5e-2
+    open_fraction: float = 0.4
+    ramp_fraction: float = 0.1
+    penalty: Penalty = field(default_factory=L0Penalty)
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "fraction", "batch_size", "gate_learning_rate")
+        if self.fraction > 1:
+            raise ValueError(f"fraction is {self.fraction}, it must be at most 1")
+        if not (self.open_fraction >= 0 <= self.ramp_fraction) or (
+            self.open_fraction + self.ramp_fraction >= 1
+        ):
+            raise ValueError(
+                f"open_fraction {self.open_fraction} and ramp_fraction {self.ramp_fraction} must "
+                "not be negative and leave a part of the phase for the full penalty"
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run.
+
+    Args:
+        data: the data set.
+        model: the backbone.
+        gates: start and noise of the gates.
+        pretrain: the phase with gates.
+        policy: which features go.
+        parity_tolerance: largest difference allowed between gated and pruned logits.
+        train: both phases' training.
+        planner: what TorchRec's planner may choose from.
+        reference: also train the unpruned model, on the same batches in the same order.
+        seed: of weights, gate noise and shuffling.
+    """
+
+    data: Dataset
+    model: Backbone
+    gates: GateConfig = field(default_factory=GateConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    policy: Policy = field(default_factory=ClosedGates)
+    parity_tolerance: float = 1e-6
+    train: TrainConfig = field(default_factory=TrainConfig)
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    reference: bool = False
+    seed: int = 0
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
+    """Reads a YAML file and applies overrides such as `--train.batch_size 512`.
+
+    Returns:
+        The configuration, and the composed YAML, which gives it again.
+
+    Raises:
+        ConfigError: for unknown options, wrong types or values, and keys given twice.
+        FileNotFoundError: if there is no such file.
+    """
+    with paths.open_path(path) as file:
+        text = file.read()
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is not a YAML mapping of sections")
+    _check_sections(content, path)
+    parser = _parser()
+    try:
+        settings = parser.parse_object(content)
+        settings = parser.parse_args(list(overrides), namespace=settings)
+        composed = parser.dump(settings)
+        config = parser.instantiate(settings)
+    except ArgumentError as error:
+        raise ConfigError(f"{path}: {_explain(str(error), parser)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return _as_run_config(config), composed
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    # An instance as default could not be written into the composed YAML.
+    parser.set_defaults(
+        {
+            "policy": {"class_path": _class_path(ClosedGates)},
+            "pretrain.penalty": {"class_path": _class_path(L0Penalty)},
+        }
+    )
+    return parser
+
+
+def _class_path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _as_run_config(config: Namespace) -> RunConfig:
+    return RunConfig(**{part.name: getattr(config, part.name) for part in fields(RunConfig)})
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """Adds the nearest valid option to a message about an unknown one."""
+    known = [action.dest for action in parser._actions if action.dest != "help"]
+    for class_path in re.findall(r"class_path '([\w.]+)'", message):
+        known += list(inspect.signature(_located(class_path)).parameters)
+    unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", message)
+    names = [part for match in unknown for part in match if part and part not in known]
+    near = [match for name in names for match in nearest(name, known)]
+    return f"{message}\nDid you mean '{near[0]}'?" if near else message
+
+
+def nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The known name most like `name`, if any is."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+
+
+def _located(class_path: str) -> Callable[..., object]:
+    located = locate(class_path)
+    assert callable(located)
+    return located
+
+
+def _check_sections(content: Mapping[str, object], path: str) -> None:
+    known = [section.name for section in fields(RunConfig)]
+    for name in content:
+        if name not in known:
+            near = "".join(f" Did you mean '{match}'?" for match in nearest(str(name), known))
+            raise ConfigError(f"{path}: there is no section '{name}'.{near} There are {known}")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: '{key}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}, it must be positive and finite")

@@ -1,0 +1,1 @@
+"""The backbones that the command line trains, on TorchRec's own modules."""

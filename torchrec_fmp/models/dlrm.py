@@ -1,0 +1,57 @@
+"""TorchRec's own DLRM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torchrec.models.dlrm import DLRM, DLRMTrain
+
+from torchrec_fmp.data.schema import Schema
+from torchrec_fmp.models.backbone import Backbone, embedding_bags
+
+
+class DlrmBackbone(Backbone):
+    """`torchrec.models.dlrm.DLRM`, from "Deep Learning Recommendation Model" (arXiv:1906.00091).
+
+    Args:
+        embedding_dim: of every table; FBGEMM needs a multiple of 4.
+        dense_arch: hidden layers of the bottom MLP; the last layer, of `embedding_dim`, is added.
+        over_arch: hidden layers of the top MLP; the last layer, of 1, is added.
+
+    Raises:
+        ValueError: if a size is not positive, `embedding_dim` is no multiple of 4, or `over_arch`
+            is empty.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 16,
+        dense_arch: Sequence[int] = (64,),
+        over_arch: Sequence[int] = (128, 64),
+    ) -> None:
+        if embedding_dim < 4 or embedding_dim % 4:
+            raise ValueError(f"embedding_dim is {embedding_dim}, it must be a multiple of 4")
+        if not over_arch or min(*dense_arch, *over_arch, 1) < 1:
+            raise ValueError(
+                f"dense_arch {list(dense_arch)} and over_arch {list(over_arch)} must be positive "
+                "sizes, and over_arch needs at least one"
+            )
+        self.embedding_dim = embedding_dim
+        self.dense_arch = tuple(dense_arch)
+        self.over_arch = tuple(over_arch)
+
+    def build(self, schema: Schema, device: torch.device) -> nn.Module:
+        return DLRMTrain(
+            DLRM(
+                embedding_bag_collection=embedding_bags(schema, self.embedding_dim),
+                dense_in_features=len(schema.dense),
+                dense_arch_layer_sizes=[*self.dense_arch, self.embedding_dim],
+                over_arch_layer_sizes=[*self.over_arch, 1],
+                dense_device=device,
+            )
+        )
+
+    def dense_modules(self, schema: Schema) -> dict[str, tuple[str, ...]]:
+        return {"model.dense_arch": schema.dense} if schema.dense else {}

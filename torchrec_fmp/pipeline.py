@@ -1,0 +1,265 @@
+"""The three phases on one data set: pretrain with gates, prune, continue."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch.optim import Adam, Optimizer
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from torchrec_fmp.agreement import broadcast_text
+from torchrec_fmp.config import RunConfig
+from torchrec_fmp.data.dataset import Split
+from torchrec_fmp.data.reader import Reader
+from torchrec_fmp.data.schema import Schema
+from torchrec_fmp.gates.attach import attach_gates, feature_gates, gate_optimizer
+from torchrec_fmp.gates.sharded import sharders
+from torchrec_fmp.metrics import Metrics, evaluate
+from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.models.backbone import table_name
+from torchrec_fmp.planning import make_planner
+from torchrec_fmp.policies.policy import decide
+from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.prune import Manifest, prune
+from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.scores.gate_scores import gate_scores
+from torchrec_fmp.train import GateSchedule, Progress, train
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that a run measured; the `full` ones are of the reference model, None without it.
+
+    Args:
+        selection: the decisions.
+        manifest: what the prune did.
+        metrics: of the test split, by full, pruned and final.
+        progress: of training, by full_pretrain, full, pretrain and continue.
+        seconds: wall time by phase: full, pretrain, prune and continue, without evaluations.
+        replaced: (column, problem) -> bad values replaced in all reading, over all ranks.
+    """
+
+    selection: Selection
+    manifest: Manifest
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    replaced: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+@dataclass
+class _Job:
+    """A sharded model, the optimizer of its dense parameters, and the columns that it reads."""
+
+    model: DistributedModelParallel
+    optimizer: Optimizer
+    schema: Schema
+
+
+class Pipeline:
+    """One run: its data and its phases.
+
+    Args:
+        config: what to run.
+        ranks: the process group.
+        log: gets the training loss.
+
+    Raises:
+        ValueError: if there are too few rows for the configured phases.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, log: MetricsLog) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._log = log
+        self._schema = config.data.schema
+        self._readers: list[Reader] = []
+        self._rows = self._reader("train", self._schema).rows
+        batch_size = config.pretrain.batch_size
+        self._pretrain_rows = int(config.pretrain.fraction * self._rows) // batch_size * batch_size
+        rest = self._rows - self._pretrain_rows
+        if self._pretrain_rows == 0 or rest < config.train.batch_size:
+            raise ValueError(
+                f"of a rank's {self._rows} rows, {self._pretrain_rows} are for pretraining in "
+                f"batches of {batch_size} and {rest} for going on in batches of "
+                f"{config.train.batch_size}: give more rows, a smaller batch_size, or another "
+                "pretrain.fraction"
+            )
+        tables = [table_name(name) for name in self._schema.sparse_names]
+        self._planner = make_planner(
+            config.planner, tables, config.train.batch_size, ranks.device.type
+        )
+        self._metrics: dict[str, Metrics] = {}
+        self._progress: dict[str, Progress] = {}
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> Outcome:
+        """Runs the reference, where it is asked for, and the three phases.
+
+        Raises:
+            DataError: at input that cannot be trained on.
+            ParityError: if the pruned model does not compute what the gated one does.
+            TrainingDiverged: if a loss is not finite.
+        """
+        if self._config.reference:
+            self._run_reference()
+        job = self._build(gated=True)
+        with self._timed("pretrain"):
+            self._pretrain(job)
+        with self._timed("prune"):
+            selection = self._decide(job)
+            job, manifest = self._prune(job, selection)
+        self._metrics["pruned"] = self._evaluate(job)
+        with self._timed("continue"):
+            self._train(job, "continue", self._pretrain_rows, self._config.train.batch_size)
+        self._metrics["final"] = self._evaluate(job)
+        return Outcome(
+            selection,
+            manifest,
+            self._metrics,
+            self._progress,
+            self._seconds,
+            self._count_replaced(),
+        )
+
+    def _run_reference(self) -> None:
+        """Trains the model without gates on the same batches in the same order."""
+        job = self._build(gated=False)
+        with self._timed("full"):
+            self._train(
+                job, "full_pretrain", 0, self._config.pretrain.batch_size, self._pretrain_rows
+            )
+            self._train(job, "full", self._pretrain_rows, self._config.train.batch_size)
+        self._metrics["full"] = self._evaluate(job)
+
+    def _build(self, gated: bool) -> _Job:
+        config, device = self._config, self._ranks.device
+        # The reference and the gated model start from the same weights.
+        torch.manual_seed(config.seed)
+        model = config.model.build(self._schema, device)
+        if gated:
+            attach_gates(model, config.gates, config.model.dense_modules(self._schema))
+        model_sharders = sharders(
+            {
+                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+                "learning_rate": config.train.embedding_learning_rate,
+            }
+        )
+        plan = self._planner.collective_plan(model, model_sharders, self._ranks.group)
+        sharded = DistributedModelParallel(
+            model, device=device, plan=plan, sharders=model_sharders
+        )
+        gates = {id(module.log_alpha) for _, module in feature_gates(sharded)}
+        dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
+        parameters = [parameter for parameter in dense.values() if id(parameter) not in gates]
+        optimizer = Adam(parameters, lr=config.train.learning_rate)
+        return _Job(sharded, optimizer, self._schema)
+
+    def _pretrain(self, job: _Job) -> None:
+        config = self._config.pretrain
+        steps = self._pretrain_rows // config.batch_size
+        schedule = GateSchedule(
+            gates=[module for _, module in feature_gates(job.model)],
+            optimizer=gate_optimizer(job.model, config.gate_learning_rate),
+            penalty=config.penalty,
+            steps=steps,
+            open_steps=int(config.open_fraction * steps),
+            ramp_steps=int(config.ramp_fraction * steps),
+        )
+        self._train(job, "pretrain", 0, config.batch_size, self._pretrain_rows, schedule)
+
+    def _train(
+        self,
+        job: _Job,
+        phase: str,
+        start: int,
+        batch_size: int,
+        stop: int | None = None,
+        schedule: GateSchedule | None = None,
+    ) -> None:
+        """Trains on this rank's rows [start, stop)."""
+        stop = self._rows if stop is None else stop
+        batches = self._reader("train", job.schema).batches(batch_size, start, stop)
+        self._progress[phase] = train(
+            job.model,
+            job.optimizer,
+            batches,
+            phase=phase,
+            total=(stop - start) // batch_size,
+            ranks=self._ranks,
+            log=self._log,
+            schedule=schedule,
+        )
+
+    def _decide(self, job: _Job) -> Selection:
+        """Decides on rank 0 and sends the decision, so that every rank has the same."""
+        text = None
+        if self._ranks.speaks:
+            text = decide(gate_scores(job.model), self._config.policy).to_json()
+        return Selection.from_json(broadcast_text(text, self._ranks.group, self._ranks.device))
+
+    def _prune(self, job: _Job, selection: Selection) -> tuple[_Job, Manifest]:
+        pruned = prune(
+            job.model,
+            job.optimizer,
+            selection,
+            planner=self._planner,
+            batch=self._first_test_batch(),
+            tolerance=self._config.parity_tolerance,
+        )
+        kept = self._schema.only(selection.kept)
+        return _Job(pruned.model, pruned.optimizer, kept), pruned.manifest
+
+    def _first_test_batch(self) -> Batch:
+        reader = self._reader("test", self._schema)
+        batch, _ = next(reader.padded_batches(self._config.train.batch_size))
+        return batch.to(self._ranks.device)
+
+    def _evaluate(self, job: _Job) -> Metrics:
+        reader = self._reader("test", job.schema)
+        return evaluate(
+            job.model, reader.padded_batches(self._config.train.batch_size), self._ranks
+        )
+
+    def _reader(self, split: Split, schema: Schema) -> Reader:
+        config = self._config
+        reader = Reader(
+            config.data.source(split),
+            schema,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            seed=config.seed,
+            shuffle=config.train.shuffle and split == "train",
+            bad_input=config.train.bad_input,
+            workers=config.train.workers,
+        )
+        self._readers.append(reader)
+        return reader
+
+    def _count_replaced(self) -> Counter[tuple[str, str]]:
+        mine: Counter[tuple[str, str]] = Counter()
+        for reader in self._readers:
+            mine.update(reader.replaced)
+        counts: list[Counter[tuple[str, str]]] = [Counter()] * self._ranks.world_size
+        dist.all_gather_object(counts, mine, group=self._ranks.group)
+        return sum(counts, Counter())
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        if self._ranks.speaks:
+            _logger.info("%s", phase)
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] = time.perf_counter() - start

@@ -1,0 +1,141 @@
+"""`result.json` and the table that a run ends with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torchrec_fmp.config import RunConfig
+from torchrec_fmp.data.dataset import PlantedTruth
+from torchrec_fmp.doctor import installed_versions
+from torchrec_fmp.pipeline import Outcome
+from torchrec_fmp.planning import describe_plan
+from torchrec_fmp.prune import Manifest
+from torchrec_fmp.ranks import Ranks
+
+
+def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
+    """The content of result.json, as docs/run_directory.md says."""
+    selection, manifest = outcome.selection, outcome.manifest
+    truth = config.data.truth
+    metrics = {name: asdict(figures) for name, figures in outcome.metrics.items()}
+    progress = outcome.progress
+    step_names = {"full": "full", "full_pretrain": "full_pretrain", "gated": "pretrain"}
+    step_names["pruned"] = "continue"
+    return {
+        "features_total": len(selection.features),
+        "features_kept": len(selection.kept),
+        "kept": selection.kept,
+        "dropped": selection.dropped,
+        "planted": asdict(truth) if truth else None,
+        "metrics": {name: metrics.get(name) for name in ("full", "pruned", "final")},
+        "bytes": dict(zip(("before", "after"), manifest.table_bytes, strict=True)),
+        "parameters": dict(zip(("before", "after"), manifest.parameters, strict=True)),
+        "step_ms": {
+            name: progress[phase].step_ms if phase in progress else None
+            for name, phase in step_names.items()
+        },
+        "seconds": {
+            phase: outcome.seconds.get(phase)
+            for phase in ("full", "pretrain", "prune", "continue")
+        },
+        "samples": {phase: progress[phase].samples for phase in ("pretrain", "continue")},
+        "input_share": {phase: figures.input_share for phase, figures in progress.items()},
+        "replaced": [
+            {"column": column, "problem": problem, "count": count}
+            for (column, problem), count in sorted(outcome.replaced.items())
+        ],
+        "parity_max_abs": manifest.parity_max_abs,
+        "world_size": ranks.world_size,
+        "seed": config.seed,
+        "versions": {name: v for name, v in installed_versions().items() if v is not None},
+    }
+
+
+def manifest_json(manifest: Manifest) -> dict[str, Any]:
+    """The content of manifest.json: what the prune did, but for the selection's own file."""
+    return {
+        "dropped": manifest.selection.dropped,
+        "dense_columns": {fqn: list(names) for fqn, names in manifest.dense_columns.items()},
+        "table_bytes": dict(zip(("before", "after"), manifest.table_bytes, strict=True)),
+        "parameters": dict(zip(("before", "after"), manifest.parameters, strict=True)),
+        "plans": {
+            when: describe_plan(plan)
+            for when, plan in zip(("before", "after"), manifest.plans, strict=True)
+        },
+        "parity_max_abs": manifest.parity_max_abs,
+    }
+
+
+def format_report(result: Mapping[str, Any], truth: PlantedTruth | None, directory: str) -> str:
+    """The table for people, of a result as `result_of` gives it."""
+    lines = [
+        f"features   {result['features_kept']} of {result['features_total']} kept",
+        f"  dropped  {', '.join(result['dropped']) or 'none'}",
+    ]
+    if truth is not None:
+        lines += ["", *_truth_lines(result, truth)]
+    lines += ["", *_metric_lines(result["metrics"]), "", *_size_lines(result)]
+    seconds = result["seconds"].items()
+    lines += ["", "seconds    " + ", ".join(f"{phase} {_number(s, '.1f')}" for phase, s in seconds)]
+    lines.append(f"parity     {_number(result['parity_max_abs'], '.1e')} largest difference")
+    for entry in result["replaced"]:
+        lines.append(f"replaced   {entry['count']} x {entry['column']}: {entry['problem']}")
+    lines.append(f"written    {directory}")
+    return "\n".join(lines) + "\n"
+
+
+def _truth_lines(result: Mapping[str, Any], truth: PlantedTruth) -> list[str]:
+    kept = set(result["kept"])
+    lines = ["planted     kept          wrong"]
+    for kind, names, should_stay in (
+        ("signal", truth.signal, True),
+        ("redundant", truth.redundant, None),
+        ("noise", truth.noise, False),
+    ):
+        staying = [name for name in names if name in kept]
+        wrong = [n for n in names if should_stay is not None and (n in kept) != should_stay]
+        verdict = "(either way is right)" if should_stay is None else ", ".join(wrong) or "none"
+        lines.append(f"  {kind:<9} {len(staying):>3} of {len(names):<6} {verdict}")
+    return lines
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    names = {
+        "full": "full, trained without us",
+        "pruned": "pruned, before going on",
+        "final": "final",
+    }
+    lines = [f"{'test split':<26} {'AUC':>8} {'logloss':>8} {'NE':>8}"]
+    for key, name in names.items():
+        figures = metrics[key]
+        if figures is not None:
+            row = " ".join(f"{_number(figures[m], '.4f'):>8}" for m in ("auc", "logloss", "ne"))
+            lines.append(f"  {name:<24} {row}")
+    return lines
+
+
+def _size_lines(result: Mapping[str, Any]) -> list[str]:
+    step = result["step_ms"]
+    rows = [
+        ("parameters", result["parameters"]["before"], result["parameters"]["after"], ",.0f"),
+        ("table bytes", result["bytes"]["before"], result["bytes"]["after"], ",.0f"),
+        ("step, ms", step["full"], step["pruned"], ".2f"),
+    ]
+    lines = [f"{'size and speed':<15} {'before':>14} {'after':>14} {'ratio':>7}"]
+    for name, before, after, style in rows:
+        ratio = after / before if before else math.nan
+        lines.append(
+            f"  {name:<13} {_number(before, style):>14} {_number(after, style):>14} "
+            f"{_number(ratio, '.2f'):>7}"
+        )
+    gated, plain = step["gated"], step["full_pretrain"]
+    if plain:
+        lines.append(f"  gated step {gated:.2f} ms, without gates {plain:.2f} ms (pretraining)")
+    return lines
+
+
+def _number(value: float | None, style: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, style)

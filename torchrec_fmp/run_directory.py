@@ -1,0 +1,56 @@
+"""The run directory: everything that one job leaves behind."""
+
+from __future__ import annotations
+
+import json
+
+from torchrec_fmp import paths
+
+
+class RunDirectory:
+    """Names and writes the files of a run; see docs/run_directory.md.
+
+    Args:
+        path: of the directory.
+        writes: whether this rank writes; the others may ask for names, and write nothing.
+    """
+
+    def __init__(self, path: str, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+
+    def create(self) -> None:
+        """Makes the directory.
+
+        Raises:
+            FileExistsError: if it is there and not empty: a run never mixes with another.
+        """
+        if not self._writes:
+            return
+        if paths.exists(self.path) and paths.list_files(self.path):
+            raise FileExistsError(
+                f"the run directory {self.path} is not empty: name a new one with --out"
+            )
+        paths.make_directories(self.path)
+
+    def file(self, name: str) -> str:
+        """Path of a file in the directory."""
+        return paths.join(self.path, name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a file atomically."""
+        if self._writes:
+            with paths.write_atomically(self.file(name)) as file:
+                file.write(text)
+
+    def write_json(self, name: str, content: object) -> None:
+        """Writes a JSON file atomically; NaN, which JSON does not have, becomes null."""
+        self.write_text(name, json.dumps(_without_nan(content), indent=2) + "\n")
+
+
+def _without_nan(content: object) -> object:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and content != content else content

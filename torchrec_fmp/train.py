@@ -1,0 +1,155 @@
+"""The training loop: one for every phase."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.datasets.utils import Batch
+from tqdm import tqdm
+
+from torchrec_fmp.gates.feature_gates import FeatureGates
+from torchrec_fmp.gates.penalty import Penalty
+from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.ranks import Ranks
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class GateSchedule:
+    """Gates over the steps of pretraining: open at first, then penalized ever more, then fully.
+
+    While the gates are open the model learns as if there were none, so that features whose signal
+    shows late (those that matter only together) are not closed before it does.
+
+    Args:
+        gates: of the model.
+        optimizer: of the gates.
+        penalty: what drives them to close.
+        steps: of pretraining.
+        open_steps: with every gate exactly open.
+        ramp_steps: after these, in which the penalty grows linearly to its full strength.
+    """
+
+    def __init__(
+        self,
+        gates: list[FeatureGates],
+        optimizer: Optimizer,
+        penalty: Penalty,
+        steps: int,
+        open_steps: int,
+        ramp_steps: int,
+    ) -> None:
+        if not (0 <= open_steps and 0 <= ramp_steps and open_steps + ramp_steps < steps):
+            raise ValueError(
+                f"{open_steps} open steps and {ramp_steps} ramp steps leave none of {steps} "
+                "pretraining steps for the full penalty: pretrain on more rows, or smaller batches"
+            )
+        self._gates = gates
+        self._optimizer = optimizer
+        self._penalty = penalty
+        self._open_steps = open_steps
+        self._ramp_steps = ramp_steps
+
+    def loss_term(self, step: int) -> Tensor:
+        """Puts the gates into their state for the step; what to add to the loss."""
+        is_open = step < self._open_steps
+        for module in self._gates:
+            module.set_open(is_open)
+        past = step - self._open_steps
+        strength = 0.0 if is_open else min(1.0, (past + 1) / (self._ramp_steps + 1))
+        return self._penalty(self._gates, strength)
+
+    def update(self, step: int) -> None:
+        """Steps the gates' optimizer, which rests while they are open."""
+        if step >= self._open_steps:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a phase took.
+
+    Args:
+        steps: number of them.
+        samples: over all ranks.
+        step_ms: median of a step without its wait for input, NaN without steps.
+        seconds: wall time of the loop.
+        input_share: share of it that was spent waiting for the reader.
+    """
+
+    steps: int
+    samples: int
+    step_ms: float
+    seconds: float
+    input_share: float
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    *,
+    phase: str,
+    total: int,
+    ranks: Ranks,
+    log: MetricsLog,
+    schedule: GateSchedule | None = None,
+) -> Progress:
+    """Trains on every batch once.
+
+    Args:
+        model: takes a batch, returns `(loss, (loss, logits, labels))`; its tables' optimizer is
+            fused into the backward pass.
+        optimizer: of the other parameters.
+        batches: this rank's, the same number on every rank.
+        phase: for the log and the progress bar.
+        total: number of batches.
+        ranks: the group.
+        log: gets one line a logging interval.
+        schedule: of the gates, in pretraining.
+
+    Raises:
+        TrainingDiverged: if the loss is not finite; names phase and step.
+    """
+    model.train()
+    step_seconds: list[float] = []
+    samples = 0
+    start = time.perf_counter()
+    quiet = None if ranks.speaks else True
+    for step, batch in enumerate(tqdm(batches, desc=phase, total=total, disable=quiet, leave=False)):
+        step_start = time.perf_counter()
+        optimizer.zero_grad()
+        # Before the forward: it also puts the gates into their state for this step.
+        term = None if schedule is None else schedule.loss_term(step)
+        loss, _ = model(batch.to(ranks.device))
+        (loss if term is None else loss + term).backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.update(step)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the loss is {value} in step {step} of {phase} on rank {ranks.rank}: "
+                "lower the learning rates, or check the data's dense columns"
+            )
+        end = time.perf_counter()
+        step_seconds.append(end - step_start)
+        samples += batch.labels.numel() * ranks.world_size
+        log.step(phase, step, value, samples)
+    seconds = time.perf_counter() - start
+    return Progress(
+        steps=len(step_seconds),
+        samples=samples,
+        step_ms=1e3 * statistics.median(step_seconds) if step_seconds else math.nan,
+        seconds=seconds,
+        input_share=1 - sum(step_seconds) / seconds if seconds > 0 else 0.0,
+    )
