@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -21,9 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = verbs.add_parser("run", help="pretrain with gates, prune, continue")
     run.add_argument("config", help="YAML file; options override it: --train.batch_size 512")
     run.add_argument("--out", required=True, help="run directory, new or empty")
-    verbs.add_parser(
-        "prepare", help="raw files to the Parquet that training reads", add_help=False
-    )
+    verbs.add_parser("prepare", help="raw files to the Parquet that training reads", add_help=False)
     verbs.add_parser("doctor", help="check the installed versions, and say how to fix them")
     known, rest = parser.parse_known_args(arguments)
     if rest and known.verb == "doctor":
@@ -103,6 +102,12 @@ def _set_up_logging() -> None:
     """TORCHREC_FMP_LOG=debug shows everything, and tracebacks instead of one-line errors."""
     level = os.environ.get("TORCHREC_FMP_LOG", "warning").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if level == "DEBUG":
+        return
+    # TorchRec's advice to its own developers, on every plan and every sharded module.
+    for name in ("torchrec", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu)\b")
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -30,7 +30,7 @@ from torchrec_fmp.models.backbone import table_name
 from torchrec_fmp.planning import make_planner
 from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.prune import Manifest, prune
+from torchrec_fmp.pruning import Manifest, prune
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.scores.gate_scores import gate_scores
 from torchrec_fmp.train import GateSchedule, Progress, train
@@ -158,13 +158,11 @@ class Pipeline:
             }
         )
         plan = self._planner.collective_plan(model, model_sharders, self._ranks.group)
-        sharded = DistributedModelParallel(
-            model, device=device, plan=plan, sharders=model_sharders
-        )
+        sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=model_sharders)
         gates = {id(module.log_alpha) for _, module in feature_gates(sharded)}
         dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
         parameters = [parameter for parameter in dense.values() if id(parameter) not in gates]
-        optimizer = Adam(parameters, lr=config.train.learning_rate)
+        optimizer = Adam(parameters, lr=config.train.learning_rate, fused=True)
         return _Job(sharded, optimizer, self._schema)
 
     def _pretrain(self, job: _Job) -> None:

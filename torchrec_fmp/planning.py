@@ -62,7 +62,7 @@ def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
     """Table -> sharding type, compute kernel and ranks; plain data for reports."""
     described: dict[str, dict[str, object]] = {}
     for module_plan in plan.plan.values():
-        for table, sharding in module_plan.items():  # type: ignore[attr-defined]
+        for table, sharding in module_plan.items():
             described[table] = {
                 "sharding_type": sharding.sharding_type,
                 "compute_kernel": sharding.compute_kernel,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def process_group() -> Iterator[Ranks]:
         dist.init_process_group(backend)
     else:
         device = torch.device("cuda", 0)
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     group = dist.group.WORLD
     assert group is not None
     try:

@@ -12,7 +12,7 @@ from torchrec_fmp.data.dataset import PlantedTruth
 from torchrec_fmp.doctor import installed_versions
 from torchrec_fmp.pipeline import Outcome
 from torchrec_fmp.planning import describe_plan
-from torchrec_fmp.prune import Manifest
+from torchrec_fmp.pruning import Manifest
 from torchrec_fmp.ranks import Ranks
 
 
@@ -38,8 +38,7 @@ def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, An
             for name, phase in step_names.items()
         },
         "seconds": {
-            phase: outcome.seconds.get(phase)
-            for phase in ("full", "pretrain", "prune", "continue")
+            phase: outcome.seconds.get(phase) for phase in ("full", "pretrain", "prune", "continue")
         },
         "samples": {phase: progress[phase].samples for phase in ("pretrain", "continue")},
         "input_share": {phase: figures.input_share for phase, figures in progress.items()},

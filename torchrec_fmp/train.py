@@ -125,7 +125,9 @@ def train(
     samples = 0
     start = time.perf_counter()
     quiet = None if ranks.speaks else True
-    for step, batch in enumerate(tqdm(batches, desc=phase, total=total, disable=quiet, leave=False)):
+    for step, batch in enumerate(
+        tqdm(batches, desc=phase, total=total, disable=quiet, leave=False)
+    ):
         step_start = time.perf_counter()
         optimizer.zero_grad()
         # Before the forward: it also puts the gates into their state for this step.

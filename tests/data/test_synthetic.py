@@ -189,13 +189,11 @@ def test_the_default_share_of_positives_is_like_that_of_click_data(
     assert 0.15 < rows[LABEL].mean() < 0.35
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_split_has_the_rows_it_was_asked_for(split: Split) -> None:
-    dataset = SyntheticDataset(rows=40_000, test_rows=1)
-    assert sum(group.rows for group in dataset.source(split).row_groups) == {
-        "train": 40_000,
-        "test": 1,
-    }[split]
+@pytest.mark.parametrize(("split", "rows"), [("train", 40_000), ("test", 1)])
+def test_a_split_has_the_rows_it_was_asked_for(split: Split, rows: int) -> None:
+    source = SyntheticDataset(rows=40_000, test_rows=1).source(split)
+    assert sum(group.rows for group in source.row_groups) == rows
+    assert read(source).num_rows == rows
 
 
 @pytest.mark.parametrize(

@@ -28,3 +28,9 @@ def ranks_4() -> Iterator[ProcessGroup]:
     group = ProcessGroup(4)
     yield group
     group.close()
+
+
+@pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
+def ranks(request: pytest.FixtureRequest) -> ProcessGroup:
+    """One rank, then two."""
+    return request.getfixturevalue(f"ranks_{request.param}")

@@ -29,9 +29,7 @@ def noise(step: int = 3, **config: object) -> Tensor:
     return build(distribution=SMOOTH, **config)(step, BATCH_SIZE).detach()
 
 
-@pytest.mark.parametrize(
-    ("sampling", "shape"), [("batch", (3,)), ("example", (BATCH_SIZE, 3))]
-)
+@pytest.mark.parametrize(("sampling", "shape"), [("batch", (3,)), ("example", (BATCH_SIZE, 3))])
 def test_sampled_gates_lie_in_0_to_1_and_have_the_shape_of_the_sampling(
     sampling: str, shape: tuple[int, ...]
 ) -> None:

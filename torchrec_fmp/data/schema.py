@@ -1,4 +1,4 @@
-"""What a row holds: the label, the dense columns and the sparse columns with their cardinalities."""
+"""What a row holds: the label, dense columns, and sparse columns with their cardinalities."""
 
 from __future__ import annotations
 

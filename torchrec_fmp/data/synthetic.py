@@ -83,7 +83,9 @@ class SyntheticDataset(Dataset):
             )
         low, high = self.cardinalities
         if not 2 <= low <= high:
-            raise ValueError(f"synthetic data: cardinalities {low} to {high}, need 2 <= low <= high")
+            raise ValueError(
+                f"synthetic data: cardinalities {low} to {high}, need 2 <= low <= high"
+            )
 
     @cached_property
     def schema(self) -> Schema:
@@ -113,6 +115,7 @@ class SyntheticDataset(Dataset):
                 _names("main", self.main),
                 _spread(self.cardinalities, self.main, random),
                 _strengths(self.strongest, self.weakest, self.main),
+                strict=True,
             )
         ]
         # Pairs are learned from their products, so their fields have few values.
@@ -125,7 +128,9 @@ class SyntheticDataset(Dataset):
         noise = [
             _Field(name, cardinality)
             for name, cardinality in zip(
-                _names("noise", self.noise), _spread(self.cardinalities, self.noise, random)
+                _names("noise", self.noise),
+                _spread(self.cardinalities, self.noise, random),
+                strict=True,
             )
         ]
         return [*main, *pairs, *copies, *noise]
@@ -138,9 +143,8 @@ class SyntheticDataset(Dataset):
         drawn = {field.name: field for field in self._fields if field.merges is None}
         for field in drawn.values():
             columns[field.name] = field.sample(random, rows)
-        for name, strength in zip(
-            _names("dense", self.dense), _strengths(self.strongest, self.weakest, self.dense)
-        ):
+        strengths = _strengths(self.strongest, self.weakest, self.dense)
+        for name, strength in zip(_names("dense", self.dense), strengths, strict=True):
             columns[name] = random.standard_normal(rows, dtype=np.float32)
             logit += strength * columns[name]
         for name in _names("dense_noise", self.dense_noise):
@@ -169,9 +173,7 @@ class _Field:
     merges: str | None = None
 
     @staticmethod
-    def draw(
-        name: str, cardinality: int, strength: float, random: np.random.Generator
-    ) -> _Field:
+    def draw(name: str, cardinality: int, strength: float, random: np.random.Generator) -> _Field:
         effect = random.standard_normal(cardinality)
         share = _zipf_probabilities(cardinality)
         effect -= share @ effect
@@ -226,9 +228,7 @@ def _strengths(strongest: float, weakest: float, count: int) -> npt.NDArray[np.f
     return np.geomspace(strongest, weakest, count)
 
 
-def _spread(
-    cardinalities: tuple[int, int], count: int, random: np.random.Generator
-) -> list[int]:
+def _spread(cardinalities: tuple[int, int], count: int, random: np.random.Generator) -> list[int]:
     """Cardinalities between the two, geometrically spaced, in random order."""
     low, high = cardinalities
     spaced = np.geomspace(low, high, count).round().astype(int)

@@ -84,7 +84,8 @@ def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
     gates = [module for _, module in feature_gates(model)]
     if not gates:
         raise ValueError("the model has no gates: call attach_gates before it is sharded")
-    optimizer = torch.optim.Adam([module.log_alpha for module in gates], lr=learning_rate)
+    log_alphas = [module.log_alpha for module in gates]
+    optimizer = torch.optim.Adam(log_alphas, lr=learning_rate, fused=True)
 
     def clamp(*_: object) -> None:
         for module in gates:
@@ -96,9 +97,7 @@ def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
 
 def _features(configs: Sequence[EmbeddingBagConfig]) -> tuple[str, ...]:
     """Features of the tables in order, one that several tables serve once."""
-    return tuple(
-        dict.fromkeys(feature for config in configs for feature in config.feature_names)
-    )
+    return tuple(dict.fromkeys(feature for config in configs for feature in config.feature_names))
 
 
 def _check_names(features_by_fqn: Mapping[str, Sequence[str]]) -> None:

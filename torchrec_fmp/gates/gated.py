@@ -36,9 +36,7 @@ class _Scale(torch.autograd.Function):
         return values_BW * _per_column(gates, lengths)
 
     @staticmethod
-    def backward(
-        ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (grad_BW,) = grads
         values_BW, gates = ctx.saved_tensors
         grad_values = grad_gates = None

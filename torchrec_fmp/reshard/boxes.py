@@ -46,15 +46,13 @@ class Transfer:
     box: Box
 
 
-def shards_of(
-    sharding: ParameterSharding, rows: int, columns: int, world_size: int
-) -> list[Shard]:
+def shards_of(sharding: ParameterSharding, rows: int, columns: int, world_size: int) -> list[Shard]:
     """All shards of a table, in the plan's order; every rank holds a data-parallel table whole."""
     if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
         return [Shard(rank, Box(0, 0, rows, columns)) for rank in range(world_size)]
     assert sharding.sharding_spec is not None
     shards = []
-    for shard in sharding.sharding_spec.shards:  # type: ignore[attr-defined]
+    for shard in sharding.sharding_spec.shards:
         (row, column), (height, width) = shard.shard_offsets, shard.shard_sizes
         shards.append(Shard(shard.placement.rank(), Box(row, column, height, width)))
     return [shard for shard in shards if shard.box.rows > 0 and shard.box.columns > 0]

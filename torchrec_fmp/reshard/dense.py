@@ -95,8 +95,8 @@ def carry_optimizer(
     def commit() -> Optimizer:
         for group, kept in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = kept
-        optimizer.state.clear()  # type: ignore[attr-defined]
-        optimizer.state.update(states)  # type: ignore[attr-defined]
+        optimizer.state.clear()
+        optimizer.state.update(states)
         if isinstance(optimizer, KeyedOptimizerWrapper):
             kept_names = {id(p): fqn for fqn, p in new.named_parameters()}
             optimizer.params = {kept_names[id(p)]: p for kept in groups for p in kept}

@@ -61,7 +61,7 @@ def local_shards(collection: ShardedEmbeddingBagCollection) -> Iterator[LocalSha
     for lookup in collection._lookups:
         while isinstance(lookup, DistributedDataParallel):
             lookup = lookup.module
-        for kernel in lookup._emb_modules:  # type: ignore[union-attr]
+        for kernel in lookup._emb_modules:
             yield from _shards_of_kernel(kernel)
 
 

@@ -94,9 +94,7 @@ def _write(view: Tensor, value: Tensor, share: float) -> None:
         view.copy_(value)
 
 
-def _check_states(
-    old: Mapping[str, Tensor], new: Mapping[str, Tensor], transfer: Transfer
-) -> None:
+def _check_states(old: Mapping[str, Tensor], new: Mapping[str, Tensor], transfer: Transfer) -> None:
     if old.keys() != new.keys():
         raise ValueError(
             f"{transfer.target} has the optimizer states {sorted(new)} where the old table has "

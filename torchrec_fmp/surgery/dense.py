@@ -57,9 +57,7 @@ def first_linear(module: nn.Module) -> str | None:
     return ".".join(names)
 
 
-def cut_linear(
-    linear: nn.Linear, fqn: str, cutter: Cutter, columns: Tensor, scale: Tensor
-) -> None:
+def cut_linear(linear: nn.Linear, fqn: str, cutter: Cutter, columns: Tensor, scale: Tensor) -> None:
     """Shrinks a linear layer's input to `columns`, each multiplied by its `scale`.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +41,27 @@ def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
             module.fix(None)
 
 
+class Difference(NamedTuple):
+    """How far two models' outputs lie apart.
+
+    Args:
+        max_abs: largest absolute difference.
+        relative: the same over max(1, largest absolute output): what fp32 can be held to, whose
+            rounding grows with the values.
+    """
+
+    max_abs: float
+    relative: float
+
+
 def parity(
     old: nn.Module,
     new: nn.Module,
     selection: Selection,
     batch: Any,
     dense_features: Mapping[str, tuple[str, ...]],
-) -> float:
-    """Max abs difference between the outputs of the gated and of the pruned model.
+) -> Difference:
+    """Difference between the outputs of the gated and of the pruned model.
 
     Both are run in evaluation on this rank's batch, the gates at the selection's values; every
     floating point tensor of the outputs is compared. Collective, as the models' forward is.
@@ -72,12 +85,15 @@ def parity(
         raise ValueError(f"the gated model returns {shapes[0]}, the pruned model {shapes[1]}")
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
         raise ValueError("the gated model's output is not finite, so parity says nothing")
-    differences = [
-        (a.double() - b.double()).abs().max()
-        for a, b in zip(expected, actual, strict=True)
-        if a.numel() > 0
-    ]
-    return float(torch.stack(differences).max()) if differences else 0.0
+    max_abs = relative = torch.zeros((), dtype=torch.float64)
+    for a, b in zip(expected, actual, strict=True):
+        if a.numel() > 0:
+            difference = (a.double() - b.double()).abs().max().cpu()
+            scale = a.double().abs().max().clamp(min=1).cpu()
+            # torch.maximum, unlike max, keeps a NaN.
+            max_abs = torch.maximum(max_abs, difference)
+            relative = torch.maximum(relative, difference / scale)
+    return Difference(float(max_abs), float(relative))
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -100,7 +100,8 @@ def prune(
         planner: for the new plan.
         batch: an input of the gated model, on each rank its own, to compare the two models on.
             Needs gates on every feature that the selection changes.
-        tolerance: largest difference allowed, absolute, in the outputs' unit.
+        tolerance: largest difference allowed, absolute where the outputs are below 1 and relative
+            to the largest output above, as fp32 rounds.
 
     Raises:
         ParityError: if the outputs differ by more than the tolerance on any rank.
@@ -124,15 +125,17 @@ def prune(
         new = _shard(smaller, model, old, planner, group)
     reshard_tables(model, new, smaller.cut_map)
     commit = carry_optimizer(optimizer, model, new, smaller.cut_map, old.sources)
-    difference = None
+    max_abs = None
     if batch is not None:
         _check_gated(model, selection)
         difference = parity(model, new, selection, batch, old.dense_features)
-        difference = largest(difference, group, model.device)
-        if not difference <= tolerance:
+        max_abs = largest(difference.max_abs, group, model.device)
+        relative = largest(difference.relative, group, model.device)
+        if not relative <= tolerance:
             raise ParityError(
-                f"pruned and gated outputs differ by {difference:.3g}, more than {tolerance:.3g}: "
-                "a cut rule does not do what its module computes. Nothing was changed"
+                f"pruned and gated outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "
+                f"largest), more than {tolerance:.3g}: a cut rule does not do what its module "
+                "computes. Nothing was changed"
             )
     new.train(model.training)
     manifest = Manifest(
@@ -144,7 +147,7 @@ def prune(
         table_bytes=(table_bytes(old.model), bytes_after),
         parameters=(parameter_count(old.model), parameters_after),
         plans=(model.plan, new.plan),
-        parity_max_abs=difference,
+        parity_max_abs=max_abs,
     )
     _logger.info("pruned %d of %d features", len(selection.dropped), len(selection.features))
     return Pruned(new, commit(), manifest)

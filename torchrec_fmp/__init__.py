@@ -1,0 +1,72 @@
+"""Feature pruning for TorchRec, inside the training job.
+
+A model goes through::
+
+    attach_gates(model, GateConfig())          every feature gets a hard concrete gate
+    DistributedModelParallel(model, sharders=sharders(...))
+    loss + penalty(gates, strength)            pretrain on a small part of the data
+    decide(gate_scores(dmp), ClosedGates())    which features go: a Selection, plain JSON
+    prune(dmp, optimizer, selection, ...)      the smaller model, weights and state carried over
+    ... and training goes on
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchrec_fmp.gates.attach import attach_gates as attach_gates
+    from torchrec_fmp.gates.attach import feature_gates as feature_gates
+    from torchrec_fmp.gates.attach import gate_optimizer as gate_optimizer
+    from torchrec_fmp.gates.feature_gates import GateConfig as GateConfig
+    from torchrec_fmp.gates.hard_concrete import HardConcrete as HardConcrete
+    from torchrec_fmp.gates.penalty import L0Penalty as L0Penalty
+    from torchrec_fmp.gates.penalty import TargetPenalty as TargetPenalty
+    from torchrec_fmp.gates.sharded import sharders as sharders
+    from torchrec_fmp.policies.closed_gates import ClosedGates as ClosedGates
+    from torchrec_fmp.policies.from_file import FromFile as FromFile
+    from torchrec_fmp.policies.policy import decide as decide
+    from torchrec_fmp.policies.selection import Selection as Selection
+    from torchrec_fmp.policies.top_fraction import TopFraction as TopFraction
+    from torchrec_fmp.pruning import Manifest as Manifest
+    from torchrec_fmp.pruning import ParityError as ParityError
+    from torchrec_fmp.pruning import prune as prune
+    from torchrec_fmp.scores.gate_scores import gate_scores as gate_scores
+    from torchrec_fmp.surgery.rules import cut_rule as cut_rule
+    from torchrec_fmp.train import GateSchedule as GateSchedule
+
+# Imported at first use, so that `torchrec-fmp doctor` runs where torch cannot be imported.
+_HOMES = {
+    "attach_gates": "gates.attach",
+    "feature_gates": "gates.attach",
+    "gate_optimizer": "gates.attach",
+    "GateConfig": "gates.feature_gates",
+    "HardConcrete": "gates.hard_concrete",
+    "L0Penalty": "gates.penalty",
+    "TargetPenalty": "gates.penalty",
+    "sharders": "gates.sharded",
+    "ClosedGates": "policies.closed_gates",
+    "FromFile": "policies.from_file",
+    "decide": "policies.policy",
+    "Selection": "policies.selection",
+    "TopFraction": "policies.top_fraction",
+    "Manifest": "pruning",
+    "ParityError": "pruning",
+    "prune": "pruning",
+    "gate_scores": "scores.gate_scores",
+    "cut_rule": "surgery.rules",
+    "GateSchedule": "train",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
