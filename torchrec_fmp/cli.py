@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
-    from torchrec_fmp.config import ConfigError, load_config
+    from torchrec_fmp.config import load_config
 
     try:
         config, composed = load_config(config_path, overrides)
-    except (ConfigError, FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return _fail(error, status=2)
 
     from torchrec_fmp.metrics_log import MetricsLog
@@ -51,6 +51,7 @@ def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
     from torchrec_fmp.result import format_report, manifest_json, result_of
     from torchrec_fmp.run_directory import RunDirectory
 
+    _quiet_libraries()
     with process_group() as ranks:
         directory = RunDirectory(out, writes=ranks.speaks)
         try:
@@ -88,7 +89,11 @@ def _prepare(arguments: Sequence[str]) -> int:
     settings = parser.parse_args(list(arguments))
     options = {name: getattr(settings, name) for name in PrepareConfig.__dataclass_fields__}
     try:
-        schema = prepare(PrepareConfig(**options))
+        config = PrepareConfig(**options)
+    except ValueError as error:
+        return _fail(error, status=2)
+    try:
+        schema = prepare(config)
     except (ValueError, OSError) as error:
         return _fail(error, status=1)
     sys.stdout.write(
@@ -102,16 +107,23 @@ def _set_up_logging() -> None:
     """TORCHREC_FMP_LOG=debug shows everything, and tracebacks instead of one-line errors."""
     level = os.environ.get("TORCHREC_FMP_LOG", "warning").upper()
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
-    if level == "DEBUG":
+    if level != "DEBUG":
+        warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu)\b")
+
+
+def _quiet_libraries() -> None:
+    """After their import, which sets levels of its own."""
+    if logging.getLogger().isEnabledFor(logging.DEBUG):
         return
     # TorchRec's advice to its own developers, on every plan and every sharded module.
     for name in ("torchrec", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu)\b")
 
 
 def _fail(error: Exception, status: int) -> int:
-    sys.stderr.write(f"torchrec-fmp: {type(error).__name__}: {error}\n")
+    # One line, so that it is found whole among the lines of other ranks.
+    message = " ".join(line.strip() for line in str(error).splitlines())
+    sys.stderr.write(f"torchrec-fmp: {type(error).__name__}: {message}\n")
     return status
 
 

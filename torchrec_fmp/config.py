@@ -6,7 +6,7 @@ import difflib
 import inspect
 import math
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pydoc import locate
 from typing import Any
@@ -52,10 +52,10 @@ class TrainConfig:
     log_interval: int = 20
 
     def __post_init__(self) -> None:
-        _check_positive(self, "batch_size", "learning_rate", "embedding_learning_rate")
-        _check_positive(self, "log_interval")
+        _check_positive(self, "train", "batch_size", "learning_rate", "embedding_learning_rate")
+        _check_positive(self, "train", "log_interval")
         if self.workers < 0:
-            raise ValueError(f"workers is {self.workers}, it must be at least 0")
+            raise ValueError(f"train.workers is {self.workers}, it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,16 @@ class PretrainConfig:
     penalty: Penalty = field(default_factory=L0Penalty)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "fraction", "batch_size", "gate_learning_rate")
+        _check_positive(self, "pretrain", "fraction", "batch_size", "gate_learning_rate")
         if self.fraction > 1:
-            raise ValueError(f"fraction is {self.fraction}, it must be at most 1")
+            raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
         if not (self.open_fraction >= 0 <= self.ramp_fraction) or (
             self.open_fraction + self.ramp_fraction >= 1
         ):
             raise ValueError(
-                f"open_fraction {self.open_fraction} and ramp_fraction {self.ramp_fraction} must "
-                "not be negative and leave a part of the phase for the full penalty"
+                f"pretrain.open_fraction {self.open_fraction} and pretrain.ramp_fraction "
+                f"{self.ramp_fraction} must not be negative and leave a part of the phase for the "
+                "full penalty"
             )
 
 
@@ -119,6 +120,12 @@ class RunConfig:
     reference: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.parity_tolerance >= 0:
+            raise ValueError(f"parity_tolerance is {self.parity_tolerance}, it must be at least 0")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, it must be at least 0")
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:
     """Reads a YAML file and applies overrides such as `--train.batch_size 512`.
@@ -144,16 +151,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, st
         settings = parser.parse_object(content)
         settings = parser.parse_args(list(overrides), namespace=settings)
         composed = parser.dump(settings)
-        config = parser.instantiate(settings)
+        config = _as_run_config(parser.instantiate(settings))
     except ArgumentError as error:
         raise ConfigError(f"{path}: {_explain(str(error), parser)}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    return _as_run_config(config), composed
+    return config, composed
 
 
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False)
+    parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
     # An instance as default could not be written into the composed YAML.
     parser.set_defaults(
@@ -175,24 +182,21 @@ def _as_run_config(config: Namespace) -> RunConfig:
 
 def _explain(message: str, parser: ArgumentParser) -> str:
     """Adds the nearest valid option to a message about an unknown one."""
-    known = [action.dest for action in parser._actions if action.dest != "help"]
+    sections = [section.name for section in fields(RunConfig)]
+    known = [a.dest for a in parser._actions if a.dest.partition(".")[0] in sections]
     for class_path in re.findall(r"class_path '([\w.]+)'", message):
-        known += list(inspect.signature(_located(class_path)).parameters)
+        located = locate(class_path)
+        if callable(located):
+            known += list(inspect.signature(located).parameters)
     unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", message)
     names = [part for match in unknown for part in match if part and part not in known]
     near = [match for name in names for match in nearest(name, known)]
-    return f"{message}\nDid you mean '{near[0]}'?" if near else message
+    return f"{message}. Did you mean '{near[0]}'?" if near else message
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
     """The known name most like `name`, if any is."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-
-
-def _located(class_path: str) -> Callable[..., object]:
-    located = locate(class_path)
-    assert callable(located)
-    return located
 
 
 def _check_sections(content: Mapping[str, object], path: str) -> None:
@@ -215,8 +219,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_positive(config: object, *names: str) -> None:
+def _check_positive(config: object, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{name} is {value}, it must be positive and finite")
+            raise ValueError(f"{section}.{name} is {value}, it must be positive and finite")

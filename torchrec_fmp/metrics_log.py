@@ -21,15 +21,20 @@ class MetricsLog:
         self._path = path
         self._interval = interval
         self._losses: list[float] = []
+        self._place: dict[str, object] = {}
 
     def step(self, phase: str, step: int, loss: float, samples: int) -> None:
         """Notes a step; every `interval` steps writes the mean loss since the last line."""
         self._losses.append(loss)
-        if (step + 1) % self._interval:
-            return
-        mean = sum(self._losses) / len(self._losses)
-        self._losses.clear()
-        self.write({"phase": phase, "step": step + 1, "samples": samples, "loss": mean})
+        self._place = {"phase": phase, "step": step + 1, "samples": samples}
+        if (step + 1) % self._interval == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes the steps since the last line, at the end of a phase: lines never mix phases."""
+        if self._losses:
+            self.write({**self._place, "loss": sum(self._losses) / len(self._losses)})
+            self._losses.clear()
 
     def write(self, record: dict[str, object]) -> None:
         """Appends one line."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan, ShardingType
 
@@ -50,7 +50,7 @@ def make_planner(
     }
     topology = Topology(
         world_size=world_size,
-        local_world_size=get_local_size(world_size),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         compute_device=device_type,
     )
     return EmbeddingShardingPlanner(

@@ -23,13 +23,15 @@ class RunDirectory:
         """Makes the directory.
 
         Raises:
-            FileExistsError: if it is there and not empty: a run never mixes with another.
+            FileExistsError: if it is there and no empty directory: a run never mixes with another.
         """
         if not self._writes:
             return
-        if paths.exists(self.path) and paths.list_files(self.path):
+        # Not paths.list_files, which leaves out hidden files and subdirectories.
+        manager = paths.manager
+        if paths.exists(self.path) and not (manager.isdir(self.path) and not manager.ls(self.path)):
             raise FileExistsError(
-                f"the run directory {self.path} is not empty: name a new one with --out"
+                f"the run directory {self.path} is there and not empty: name a new one with --out"
             )
         paths.make_directories(self.path)
 

@@ -114,7 +114,7 @@ def train(
         phase: for the log and the progress bar.
         total: number of batches.
         ranks: the group.
-        log: gets one line a logging interval.
+        log: gets one line a logging interval, and one for what is left at the end.
         schedule: of the gates, in pretraining.
 
     Raises:
@@ -147,6 +147,7 @@ def train(
         step_seconds.append(end - step_start)
         samples += batch.labels.numel() * ranks.world_size
         log.step(phase, step, value, samples)
+    log.flush()
     seconds = time.perf_counter() - start
     return Progress(
         steps=len(step_seconds),

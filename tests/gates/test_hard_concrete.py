@@ -145,6 +145,12 @@ def test_extreme_noise_reaches_exact_0_and_exact_1() -> None:
     assert z.tolist() == [0.0, 1.0]
 
 
+def test_noise_is_bounded_so_no_draw_opens_a_gate_that_is_far_down() -> None:
+    # The largest logit of the noise is log(1e6), about 13.8.
+    assert DEFAULT.sample(torch.tensor([-20.0]), torch.tensor([1.0])).item() == 0
+    assert DEFAULT.sample(torch.tensor([20.0]), torch.tensor([0.0])).item() == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

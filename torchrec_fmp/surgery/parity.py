@@ -13,6 +13,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.reshard.local_shards import sharded_collections
 
 
 @contextmanager
@@ -80,6 +81,7 @@ def parity(
         expected = _floats(old(batch))
     with evaluation(new), _narrowed_input(new, selection, dense_features):
         actual = _floats(new(batch))
+    forget_input_order(new)
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the gated model returns {shapes[0]}, the pruned model {shapes[1]}")
@@ -94,6 +96,21 @@ def parity(
             max_abs = torch.maximum(max_abs, difference)
             relative = torch.maximum(relative, difference / scale)
     return Difference(float(max_abs), float(relative))
+
+
+def forget_input_order(model: nn.Module) -> None:
+    """Lets the next batch decide anew in which order the collections find their features.
+
+    A sharded collection keeps the order of the first batch's keys for good, so a batch that has
+    the dropped features too, as parity's has, would misplace those of a batch that has not. The
+    same attributes that TorchRec resets in `ShardedEmbeddingBagCollection.update_shards`.
+    """
+    for collection in sharded_collections(model).values():
+        collection._has_uninitialized_input_dist = True
+        collection._has_features_permute = True
+        collection._input_dists = []
+        collection._features_order = []
+        collection._feature_splits = []
 
 
 def _floats(output: Any) -> list[Tensor]:
