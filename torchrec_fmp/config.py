@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import math
+import pkgutil
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pydoc import locate
+from types import ModuleType
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from torchrec_fmp import paths
+from torchrec_fmp import data, models, paths, policies
 from torchrec_fmp.data.columns import BadInput
 from torchrec_fmp.data.dataset import Dataset
 from torchrec_fmp.gates.feature_gates import GateConfig
@@ -159,7 +162,15 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, st
     return config, composed
 
 
+def _import_all(package: ModuleType) -> None:
+    """Makes the classes of a package known, so that YAML may name them without their module."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
 def _parser() -> ArgumentParser:
+    for package in (data, models, policies):
+        _import_all(package)
     parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
     # An instance as default could not be written into the composed YAML.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchmetrics.functional.classification import binary_auroc
 from torchrec.datasets.utils import Batch
 
 from torchrec_fmp.ranks import Ranks
@@ -72,8 +71,17 @@ def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
     if share in (0.0, 1.0):
         return Metrics(auc=math.nan, logloss=logloss, ne=math.nan)
     entropy = -share * math.log(share) - (1 - share) * math.log(1 - share)
-    auc = float(binary_auroc(torch.sigmoid(logits), labels.long()))
-    return Metrics(auc=auc, logloss=logloss, ne=logloss / entropy)
+    return Metrics(auc=_auc(logits, labels), logloss=logloss, ne=logloss / entropy)
+
+
+def _auc(logits: Tensor, labels: Tensor) -> float:
+    """The Mann-Whitney statistic, of logits because their sigmoids tie where they saturate."""
+    _, value, counts = torch.unique(logits, return_inverse=True, return_counts=True)
+    # Equal logits share the mean of their ranks.
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[value]
+    positive = float(labels.sum())
+    wins = float((ranks * labels).sum()) - positive * (positive + 1) / 2
+    return wins / (positive * (labels.numel() - positive))
 
 
 def _gather(values: Tensor, ranks: Ranks) -> Tensor:

@@ -7,6 +7,7 @@ model and its optimizer are untouched.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -107,7 +108,8 @@ def prune(
         ParityError: if the outputs differ by more than the tolerance on any rank.
         RuntimeError: if ranks were given different selections.
         TypeError: if a module reads a dropped feature and has no cut rule.
-        ValueError: if the selection does not fit the model, or the optimizer does not.
+        ValueError: if the selection does not fit the model, or the optimizer does not, or the gated
+            model's output on the batch is not finite.
     """
     group = model._env.process_group
     if group is None:
@@ -131,6 +133,11 @@ def prune(
         difference = parity(model, new, selection, batch, old.dense_features)
         max_abs = largest(difference.max_abs, group, model.device)
         relative = largest(difference.relative, group, model.device)
+        if math.isnan(max_abs):
+            raise ValueError(
+                "the gated model's output is not finite on this batch, so the pruned model cannot "
+                "be compared with it: nothing was changed"
+            )
         if not relative <= tolerance:
             raise ParityError(
                 f"pruned and gated outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "

@@ -100,11 +100,6 @@ def trained_into_a_selection(case: Case) -> list[Tensors]:
     return values
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RankError,
-    reason="fixed gates drop log_alpha from the graph, which must be the same in every step",
-)
 def test_training_goes_on_once_a_selection_has_fixed_the_gates(ranks_1: ProcessGroup) -> None:
     (values,) = ranks_1.run(trained_into_a_selection, Case("mixed"))
     assert len(values) == STEPS

@@ -71,7 +71,7 @@ class FeatureGates(nn.Module):
         features: names, one gate each.
         config: start and noise.
         name: distinguishes the noise of several modules; the module's fqn serves.
-        device: of `log_alpha`.
+        device: of `log_alpha`, CPU by default.
     """
 
     def __init__(
@@ -82,6 +82,8 @@ class FeatureGates(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        # Even within `with torch.device("meta")`: sharding copies the gates to their device.
+        device = device or torch.device("cpu")
         self.features = tuple(features)
         self.config = config
         self.name = name
@@ -90,7 +92,7 @@ class FeatureGates(nn.Module):
             torch.empty(len(self.features), dtype=torch.float32, device=device)
         )
         self.register_buffer("fixed", None, persistent=False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.fixed: Tensor | None
         self.step: Tensor
         self.reset_parameters()
@@ -141,11 +143,11 @@ class FeatureGates(nn.Module):
         Returns:
             (F,) fp32, or (B, F) fp32 where the sampling is per example.
         """
+        # Zero times log_alpha keeps the parameter in the graph, which DistributedDataParallel's
+        # static graph needs in every step or in none.
         if self.fixed is not None:
-            return self.fixed
+            return self.fixed + 0 * self.log_alpha
         if self.is_open:
-            # Zero times log_alpha keeps the parameter in the graph, which
-            # DistributedDataParallel's static graph needs in every step or in none.
             return 1 + 0 * self.log_alpha
         if not self.training:
             return self.config.distribution.deterministic(self.log_alpha)

@@ -44,7 +44,8 @@ class _Scale(torch.autograd.Function):
             grad_values = grad_BW * _per_column(gates, ctx.lengths)
         if ctx.needs_input_grad[1]:
             grad_gates = _dot_per_key(grad_BW, values_BW, ctx.lengths)
-            mean_1W = values_BW.mean(0, keepdim=True)
+            # Not mean(): of an empty batch, which a rank may get, that is NaN.
+            mean_1W = values_BW.sum(0, keepdim=True) / max(len(values_BW), 1)
             if gates.dim() == 1:
                 grad_gates = grad_gates.sum(0)
                 if ctx.centered:

@@ -36,7 +36,7 @@ class L0Penalty(Penalty):
         ValueError: if the weight is negative or not finite.
     """
 
-    def __init__(self, weight: float = 3e-3) -> None:
+    def __init__(self, weight: float = 1e-3) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"the penalty's weight is {weight}, it must be finite and at least 0")
         self.weight = weight
@@ -62,7 +62,7 @@ class TargetPenalty(Penalty):
         ValueError: if `keep` is not in (0, 1] or the learning rate is not positive.
     """
 
-    def __init__(self, keep: float, learning_rate: float = 1e-3) -> None:
+    def __init__(self, keep: float, learning_rate: float = 3e-3) -> None:
         if not 0 < keep <= 1:
             raise ValueError(f"the share of features to keep is {keep}, it must be in (0, 1]")
         if not learning_rate > 0:

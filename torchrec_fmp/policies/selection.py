@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torchrec_fmp import paths
 
@@ -71,9 +72,9 @@ class Selection:
             ValueError: if it is not a selection; names the source and the feature.
         """
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not JSON: {error}") from error
+            content = json.loads(text, object_pairs_hook=_unique)
+        except ValueError as error:
+            raise ValueError(f"{source} cannot be read: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{source}: expected one JSON object with a member for each feature")
         features = {}
@@ -103,3 +104,13 @@ class Selection:
     def digest(self) -> str:
         """Equal for equal selections, on any rank and machine."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which hands that copy a line easily leave a name twice."""
+    content = dict(members)
+    if len(content) < len(members):
+        names = [name for name, _ in members]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return content

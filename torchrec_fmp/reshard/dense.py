@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.clipping import GradientClippingOptimizer
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper, OptimizerWrapper
+from torchrec.optim.warmup import WarmupOptimizer
 
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
@@ -49,8 +51,8 @@ def carry_optimizer(
 ) -> Callable[[], Optimizer]:
     """Prepares the optimizer of the new model: groups, hyperparameters, cut states, step counters.
 
-    Takes `torch.optim` optimizers, and TorchRec's `KeyedOptimizerWrapper`, `CombinedOptimizer` and
-    `OptimizerWrapper` around them. Parameters that do not survive, such as gates, are left out.
+    Takes `torch.optim` optimizers, and TorchRec's `KeyedOptimizerWrapper`, `CombinedOptimizer`,
+    `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters that do not survive, such as gates, are left out.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks
@@ -60,6 +62,7 @@ def carry_optimizer(
     Raises:
         ValueError: if the optimizer holds a parameter that the model does not have, or a state
             with a shape that cannot be cut.
+        TypeError: for another kind of wrapper.
     """
     if optimizer is old.fused_optimizer:
         return lambda: new.fused_optimizer
@@ -68,7 +71,12 @@ def carry_optimizer(
             (key, carry_optimizer(part, old, new, cut_map, sources))
             for key, part in optimizer.optimizers
         ]
-        return lambda: CombinedOptimizer([(key, commit()) for key, commit in commits])
+
+        def commit_parts() -> Optimizer:
+            optimizer._optims = [(key, commit()) for key, commit in commits]
+            return optimizer
+
+        return commit_parts
     if isinstance(optimizer, OptimizerWrapper):
         return _carry_wrapped(optimizer, old, new, cut_map, sources)
     names = {parameter: fqn for fqn, parameter in old.named_parameters()}
@@ -112,16 +120,41 @@ def _carry_wrapped(
     cut_map: CutMap,
     sources: Mapping[str, str],
 ) -> Callable[[], Optimizer]:
+    if type(optimizer) not in (OptimizerWrapper, WarmupOptimizer, GradientClippingOptimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} may keep parameters that are replaced: pass the optimizer "
+            "that it wraps, and wrap the returned one again"
+        )
+    if isinstance(optimizer, GradientClippingOptimizer) and optimizer._sharded_params:
+        raise ValueError(
+            "the GradientClippingOptimizer clips sharded parameters, which are replaced: pass the "
+            "optimizer that it wraps, and wrap the returned one again"
+        )
+    own_params, own_state = _own(optimizer)
     inner = carry_optimizer(optimizer._optimizer, old, new, cut_map, sources)
 
     def commit() -> Optimizer:
         optimizer._optimizer = inner()
         optimizer.params = optimizer._optimizer.params
+        optimizer.params.update(own_params)
         optimizer.state = optimizer._optimizer.state
+        optimizer.state.update(own_state)
         optimizer.param_groups = optimizer._optimizer.param_groups
+        if isinstance(optimizer, GradientClippingOptimizer):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            optimizer._replicate_params = parameters
         return optimizer
 
     return commit
+
+
+def _own(optimizer: OptimizerWrapper) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Any]]]:
+    """What a warm-up keeps among the parameters and states of the optimizer that it wraps."""
+    if not isinstance(optimizer, WarmupOptimizer):
+        return {}, {}
+    own = optimizer._warmup_param
+    params = {name: parameter for name, parameter in optimizer.params.items() if parameter is own}
+    return params, {own: optimizer.state[own]} if own in optimizer.state else {}
 
 
 def _successors(

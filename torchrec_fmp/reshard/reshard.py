@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torchrec_fmp.surgery.rules import join_fqn
 def reshard_tables(
     old: DistributedModelParallel, new: DistributedModelParallel, cut_map: CutMap
 ) -> None:
-    """Moves every surviving table, its fused optimizer state, step counter and learning rate.
+    """Moves every surviving table, its fused optimizer state, step counter and hyperparameters.
 
     Collective: every rank of the models' process group calls it.
 
@@ -54,7 +55,7 @@ def reshard_tables(
             if scale is not None:
                 for shard in new_local[table]:
                     shard.weight.mul_(scale.to(shard.weight))
-        _carry_steps_and_rates(old_local, new_local, group)
+        _carry_progress(old_local, new_local, group)
 
 
 def _by_table(collection: ShardedEmbeddingBagCollection) -> dict[str, list[LocalShard]]:
@@ -72,32 +73,47 @@ def _shards(
     return shards_of(sharding, config.num_embeddings, config.embedding_dim, world_size)
 
 
-def _carry_steps_and_rates(
+def _carry_progress(
     old: dict[str, list[LocalShard]], new: dict[str, list[LocalShard]], group: dist.ProcessGroup
 ) -> None:
-    """Sets each new kernel's step counter and learning rate to those of its tables.
+    """Gives each new kernel the step counter and the hyperparameters of its tables.
 
-    A rank may hold none of the old shards of its new tables, so the two numbers a table, and
+    A rank may hold none of the old shards of its new tables, so these few numbers a table, and
     nothing larger, are gathered.
     """
     mine = {
-        shard.table: (_step(shard.kernel), shard.kernel.emb_module.get_learning_rate())
+        shard.table: _progress(shard.kernel)
         for shards in old.values()
         for shard in shards
         if isinstance(shard.kernel, BatchedFusedEmbeddingBag)
     }
-    gathered: list[dict[str, tuple[int, float]]] = [{}] * group.size()
+    gathered: list[dict[str, _Progress]] = [{}] * group.size()
     dist.all_gather_object(gathered, mine, group=group)
-    by_table = {table: numbers for part in gathered for table, numbers in part.items()}
+    by_table = {table: progress for part in gathered for table, progress in part.items()}
     for shards in new.values():
         for shard in shards:
             if isinstance(shard.kernel, BatchedFusedEmbeddingBag):
-                step, rate = by_table[shard.table]
-                shard.kernel.emb_module.set_optimizer_step(step)
-                shard.kernel.emb_module.set_learning_rate(rate)
+                progress = by_table[shard.table]
+                shard.kernel.emb_module.set_optimizer_step(progress.step)
+                shard.kernel.emb_module.set_learning_rate(progress.learning_rate)
                 for param_group in shard.kernel.fused_optimizer.param_groups:
-                    param_group["lr"] = rate
+                    param_group.update(progress.hyperparameters)
 
 
-def _step(kernel: BatchedFusedEmbeddingBag) -> int:
-    return int(kernel.emb_module.iter.item())
+class _Progress(NamedTuple):
+    """How far a kernel's fused optimizer is.
+
+    The parameter group may be ahead of the kernel, which takes over its learning rate in the next
+    step: a scheduler steps last.
+    """
+
+    step: int
+    learning_rate: float
+    hyperparameters: dict[str, Any]
+
+
+def _progress(kernel: BatchedFusedEmbeddingBag) -> _Progress:
+    (param_group,) = kernel.fused_optimizer.param_groups
+    hyperparameters = {name: value for name, value in param_group.items() if name != "params"}
+    step = int(kernel.emb_module.iter.item())
+    return _Progress(step, kernel.emb_module.get_learning_rate(), hyperparameters)

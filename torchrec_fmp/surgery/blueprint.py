@@ -20,6 +20,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
 from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
+from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,7 @@ def blueprint(model: nn.Module) -> Blueprint:
     """
     module = get_unwrapped_module(model)
     memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(
-            torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
-        )
-        for parameter in module.parameters()
+        id(parameter): meta_parameter(parameter) for parameter in module.parameters()
     }
     dense_features = {}
     inner: dict[str, str] = {}
@@ -83,10 +81,7 @@ def _unsharded(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection
     for infos in sharded.sharding_type_to_sharding_infos.values():
         for info in infos:
             weight = collection.embedding_bags[info.embedding_config.name].weight
-            for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
-                if hasattr(info.param, attribute):
-                    value = copy.deepcopy(getattr(info.param, attribute))
-                    setattr(weight, attribute, value)
+            copy_fused_optimizer(info.param, weight)
     return collection
 
 

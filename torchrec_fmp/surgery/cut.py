@@ -14,6 +14,7 @@ from torchrec_fmp.surgery import dlrm as dlrm  # registers its rule
 from torchrec_fmp.surgery.blueprint import Blueprint
 from torchrec_fmp.surgery.cut_map import CutMap
 from torchrec_fmp.surgery.dense import cut_dense
+from torchrec_fmp.surgery.meta import meta_parameter
 from torchrec_fmp.surgery.rules import Cutter, join_fqn, rule_for
 from torchrec_fmp.surgery.tables import cut_tables
 
@@ -34,7 +35,8 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
             collection.
         TypeError: if a module reads a dropped feature and has no rule.
     """
-    model = copy.deepcopy(blueprint.model)
+    parameters = blueprint.model.parameters()
+    model = copy.deepcopy(blueprint.model, {id(p): meta_parameter(p) for p in parameters})
     _check_features(model, blueprint, selection)
     cutter = Cutter(selection)
     for fqn, features in blueprint.dense_features.items():

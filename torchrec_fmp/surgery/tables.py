@@ -7,6 +7,7 @@ import copy
 import torch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_fmp.surgery.meta import copy_fused_optimizer
 from torchrec_fmp.surgery.rules import Cutter
 
 
@@ -50,15 +51,6 @@ def cut_tables(
         tables=configs, is_weighted=collection.is_weighted(), device=torch.device("meta")
     )
     for config in configs:
-        _copy_fused_optimizer(collection, smaller, config.name)
+        old, new = (bags.embedding_bags[config.name].weight for bags in (collection, smaller))
+        copy_fused_optimizer(old, new)
     return smaller, gates_left
-
-
-def _copy_fused_optimizer(
-    old: EmbeddingBagCollection, new: EmbeddingBagCollection, table: str
-) -> None:
-    """Carries over what `apply_optimizer_in_backward` set on the parameter."""
-    for attribute in ("_optimizer_classes", "_optimizer_kwargs"):
-        if hasattr(old.embedding_bags[table].weight, attribute):
-            value = copy.deepcopy(getattr(old.embedding_bags[table].weight, attribute))
-            setattr(new.embedding_bags[table].weight, attribute, value)

@@ -1,0 +1,197 @@
+"""The whole path on one and two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from tests.distributed.process_group import ProcessGroup
+from tests.tiny_run import tiny, write_config
+from torchrec_fmp.config import load_config
+from torchrec_fmp.metrics import Metrics, evaluate
+from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.pipeline import Pipeline
+from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.result import result_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def this_rank() -> Ranks:
+    group = dist.group.WORLD
+    assert group is not None
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
+
+
+def run(config_path: str) -> tuple[dict[str, Any], str]:
+    """The result and the selection's digest."""
+    config, _ = load_config(config_path)
+    ranks = this_rank()
+    outcome = Pipeline(config, ranks, MetricsLog(None, 10)).run()
+    return result_of(outcome, config, ranks), outcome.selection.digest()
+
+
+@pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
+def test_the_planted_signal_stays_and_every_rank_decides_alike(
+    ranks: ProcessGroup, tmp_path: Path, sharding_type: str
+) -> None:
+    # Half a batch on each of two ranks is the same step.
+    half = {"pretrain__batch_size": 32 // ranks.world_size}
+    config = tiny(planner__sharding_types=[sharding_type], **half)
+    outcomes = ranks.run(run, write_config(tmp_path, config))
+    assert len({digest for _, digest in outcomes}) == 1
+    for result, _ in outcomes:
+        assert result["kept"] == list(result["planted"]["signal"])
+        assert result["world_size"] == ranks.world_size
+        # Relative to the largest logit it is within 1e-6, or the prune had been refused.
+        assert result["parity_max_abs"] <= 1e-5
+        assert result["metrics"] == outcomes[0][0]["metrics"]
+        assert result["metrics"]["final"]["auc"] > 0.85
+        assert result["samples"]["pretrain"] == 5000 // 32 * 32
+
+
+def test_bad_values_are_counted_over_all_ranks(ranks_2: ProcessGroup, tmp_path: Path) -> None:
+    ids = [i % 4 for i in range(2000)]
+    # One in each rank's half of the row groups.
+    ids[3] = ids[1500] = -1
+    config = write_parquet_config(tmp_path, ids, train__bad_input="replace")
+    for result, _ in ranks_2.run(run, config):
+        assert result["replaced"] == [{"column": "a", "problem": "negative id", "count": 2}]
+
+
+def write_parquet_config(directory: Path, ids: list[int], **settings: Any) -> str:
+    """One sparse feature, two row groups; the second is the second rank's."""
+    table = pa.table({"label": [i % 3 == 0 for i in range(len(ids))], "a": ids})
+    test = table.set_column(1, "a", pa.array([0] * len(ids)))
+    pq.write_table(table, directory / "train.parquet", row_group_size=len(ids) // 2)
+    pq.write_table(test, directory / "test.parquet")
+    data = {
+        "class_path": "torchrec_fmp.data.parquet.ParquetDataset",
+        "init_args": {
+            "train": [str(directory / "train.parquet")],
+            "test": [str(directory / "test.parquet")],
+            "label": "label",
+            "dense": [],
+            "sparse": {"a": 4},
+        },
+    }
+    return write_config(directory, tiny(data=data, **settings))
+
+
+def torchrun(config: str, out: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    }
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+            *("--standalone", "-m", "torchrec_fmp.cli", "run", config, "--out", str(out)),
+        ],
+        cwd=ROOT,
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_torchrun_runs_model_parallel_and_says_so_once(tmp_path: Path) -> None:
+    done = torchrun(write_config(tmp_path, tiny()), tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["world_size"] == 2
+    assert result["parity_max_abs"] <= 1e-5
+    assert done.stdout.count("2 ranks on cpu, backend gloo") == 1
+    assert done.stdout.count("features   ") == 1
+
+
+def test_an_error_on_one_rank_ends_the_run_with_that_error(tmp_path: Path) -> None:
+    ids = [i % 4 for i in range(2000)]
+    ids[1234] = 99
+    done = torchrun(write_parquet_config(tmp_path, ids), tmp_path / "out")
+    assert done.returncode != 0
+    (line,) = [text for text in done.stderr.splitlines() if "torchrec-fmp: DataError" in text]
+    assert "train.parquet, column 'a', row 1234: id out of range (99)" in line
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+class Scores(nn.Module):
+    """Predicts what the dense column says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Identity()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        logits = batch.dense_features[:, 0]
+        return logits.sum(), (logits.sum(), logits, batch.labels)
+
+
+def padded(logits: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Batch, int]]:
+    """Batches whose padding would ruin every metric if it were counted."""
+    for start in range(0, len(logits), batch_size):
+        real = min(batch_size, len(logits) - start)
+        dense, label = torch.full((batch_size, 1), math.nan), torch.zeros(batch_size)
+        dense[:real, 0], label[:real] = logits[start : start + real], labels[start : start + real]
+        nothing = KeyedJaggedTensor.from_lengths_sync(
+            ["a"], torch.zeros(0, dtype=torch.int64), torch.zeros(batch_size, dtype=torch.int32)
+        )
+        yield Batch(dense, nothing, label), real
+
+
+def evaluated() -> Metrics:
+    """Of 13 rows, divided unevenly."""
+    ranks = this_rank()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(13, generator=generator)
+    labels = torch.randint(0, 2, (13,), generator=generator).float()
+    cut = 13 if ranks.world_size == 1 else 9
+    mine = slice(0, cut) if ranks.rank == 0 else slice(cut, 13)
+    model = Scores()
+    model.inner.eval()
+    metrics = evaluate(model, padded(logits[mine], labels[mine], 4), ranks)
+    assert model.training and not model.inner.training
+    return metrics
+
+
+def test_metrics_are_of_all_real_rows_however_they_are_divided(
+    ranks_1: ProcessGroup, ranks_2: ProcessGroup
+) -> None:
+    (alone,) = ranks_1.run(evaluated)
+    assert 0 < alone.auc < 1
+    for divided in ranks_2.run(evaluated):
+        assert divided.auc == alone.auc
+        assert divided.logloss == pytest.approx(alone.logloss, rel=1e-12)
+        assert divided.ne == pytest.approx(alone.ne, rel=1e-12)
+
+
+def one_empty_rank() -> Metrics:
+    """The second rank has nothing but padding."""
+    ranks = this_rank()
+    logits, labels = torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])
+    batches = [(batch, real if ranks.rank == 0 else 0) for batch, real in padded(logits, labels, 2)]
+    return evaluate(Scores(), batches, ranks)
+
+
+def test_a_rank_with_nothing_but_padding_adds_nothing(ranks_2: ProcessGroup) -> None:
+    assert [metrics.auc for metrics in ranks_2.run(one_empty_rank)] == [1.0, 1.0]

@@ -1,0 +1,99 @@
+"""Cutting an `EmbeddingBagCollection`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+
+from tests.surgery.selections import select
+from torchrec_fmp.surgery.rules import Cutter
+from torchrec_fmp.surgery.tables import cut_tables
+
+TABLES = {"t_ab": ("a", "b"), "t_c": ("c",), "t_d": ("d",)}
+
+
+def collection() -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                embedding_dim=4,
+                num_embeddings=5,
+                feature_names=list(features),
+                pooling=PoolingType.MEAN,
+            )
+            for name, features in TABLES.items()
+        ],
+        is_weighted=True,
+        device=torch.device("meta"),
+    )
+
+
+def weight(table: str) -> str:
+    return f"ebc.embedding_bags.{table}.weight"
+
+
+def test_a_table_goes_when_all_its_features_go() -> None:
+    cutter = Cutter(select(a=0, b=0, c=1))
+    smaller, gates = cut_tables(collection(), "ebc", cutter)
+    assert [config.name for config in smaller.embedding_bag_configs()] == ["t_c", "t_d"]
+    assert gates == {"c": 1, "d": 1}
+    assert cutter.tensors.keys() == {weight("t_c"), weight("t_d")}
+
+
+def test_a_shared_table_stays_whole_when_one_of_its_features_goes() -> None:
+    old = collection()
+    before = copy.deepcopy(old.embedding_bag_configs())
+    cutter = Cutter(select(a=0))
+    smaller, _ = cut_tables(old, "ebc", cutter)
+    configs = smaller.embedding_bag_configs()
+    assert [config.feature_names for config in configs] == [["b"], ["c"], ["d"]]
+    for config, old_config in zip(configs, before, strict=True):
+        for name in ("name", "num_embeddings", "embedding_dim", "pooling", "data_type"):
+            assert getattr(config, name) == getattr(old_config, name)
+    assert smaller.is_weighted()
+    assert all(parameter.is_meta for parameter in smaller.parameters())
+    assert all(cut.columns is None and cut.scale is None for cut in cutter.tensors.values())
+    names = [config.feature_names for config in old.embedding_bag_configs()]
+    assert names == [config.feature_names for config in before], "the old collection was changed"
+
+
+@pytest.mark.parametrize(
+    ("gates", "scale", "left"),
+    [
+        ({"a": 0.5, "b": 0.5}, 0.5, {"a": 1, "b": 1}),
+        ({"a": 0.0, "b": 0.5}, 0.5, {"b": 1}),
+        ({"a": 0.25, "b": 0.5}, None, {"a": 0.25, "b": 0.5}),
+        ({"a": 1.0, "b": 0.5}, None, {"a": 1, "b": 0.5}),
+        ({"a": 1.0, "b": 1.0}, None, {"a": 1, "b": 1}),
+    ],
+)
+def test_gates_fold_into_the_rows_where_the_kept_features_agree(
+    gates: dict[str, float], scale: float | None, left: dict[str, float]
+) -> None:
+    cutter = Cutter(select(**gates))
+    _, found = cut_tables(collection(), "ebc", cutter)
+    assert found == {**left, "c": 1, "d": 1}
+    folded = cutter.tensors[weight("t_ab")].scale
+    assert (None if folded is None else folded.tolist()) == (None if scale is None else [scale])
+
+
+def test_a_collection_is_never_emptied() -> None:
+    with pytest.raises(ValueError, match="every feature of ebc is dropped, at least one must stay"):
+        cut_tables(collection(), "ebc", Cutter(select(a=0, b=0, c=0, d=0)))
+
+
+def test_the_fused_optimizer_of_a_parameter_survives() -> None:
+    old = collection()
+    weights = [old.embedding_bags[table].weight for table in ("t_ab", "t_c")]
+    apply_optimizer_in_backward(RowWiseAdagrad, weights, {"lr": 0.3})
+    smaller, _ = cut_tables(old, "ebc", Cutter(select(c=0)))
+    assert smaller.embedding_bags["t_ab"].weight._optimizer_classes == [RowWiseAdagrad]
+    assert smaller.embedding_bags["t_ab"].weight._optimizer_kwargs == [{"lr": 0.3}]
+    assert not hasattr(smaller.embedding_bags["t_d"].weight, "_optimizer_classes")

@@ -1,0 +1,1 @@
+"""Rows to batches: data sets, readers, synthetic data, and the preparation of raw files."""
