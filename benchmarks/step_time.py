@@ -100,10 +100,11 @@ def compare(name: str, first: Trainee, second: Trainee, data: Sequence[Batch], r
     times = [(first.step(batch), second.step(batch)) for _ in range(rounds) for batch in data]
     ratios = sorted(a / b for a, b in times)
     quarter = len(ratios) // 4
+    low, high = ratios[quarter], ratios[-quarter - 1]
     print(
         f"| {name} | {1e3 * statistics.median(a for a, _ in times):.1f} "
         f"| {1e3 * statistics.median(b for _, b in times):.1f} "
-        f"| {statistics.median(ratios):.3f} | {ratios[quarter]:.3f} to {ratios[-quarter - 1]:.3f} |",
+        f"| {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} |",
         flush=True,
     )
 

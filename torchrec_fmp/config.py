@@ -168,6 +168,10 @@ def _import_all(package: ModuleType) -> None:
         importlib.import_module(module.name)
 
 
+# What YAML names by class.
+_NAMED_BASES = (Dataset, Backbone, Penalty, Policy)
+
+
 def _parser() -> ArgumentParser:
     for package in (data, models, policies):
         _import_all(package)
@@ -192,7 +196,7 @@ def _as_run_config(config: Namespace) -> RunConfig:
 
 
 def _explain(message: str, parser: ArgumentParser) -> str:
-    """Adds the nearest valid option to a message about an unknown one."""
+    """Adds the nearest valid option or class to a message about an unknown one."""
     sections = [section.name for section in fields(RunConfig)]
     known = [a.dest for a in parser._actions if a.dest.partition(".")[0] in sections]
     for class_path in re.findall(r"class_path '([\w.]+)'", message):
@@ -202,6 +206,9 @@ def _explain(message: str, parser: ArgumentParser) -> str:
     unknown = re.findall(r"--([\w.]+)|[Oo]ption '([\w.]+)'", message)
     names = [part for match in unknown for part in match if part and part not in known]
     near = [match for name in names for match in nearest(name, known)]
+    classes = [cls.__name__ for base in _NAMED_BASES for cls in base.__subclasses__()]
+    for name in re.findall(r"import path string: (\w+)", message):
+        near += nearest(name, classes)
     return f"{message}. Did you mean '{near[0]}'?" if near else message
 
 

@@ -26,7 +26,7 @@ from tests.distributed.gated_dlrm import (
     set_open,
     shard,
 )
-from tests.distributed.process_group import ProcessGroup, RankError
+from tests.distributed.process_group import ProcessGroup
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection

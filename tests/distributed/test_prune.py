@@ -172,7 +172,7 @@ Run = tuple[list[float], list[tuple[str, Piece]], Tensors, Tensor]
 
 
 def open_training(case: Case, prunes: bool) -> Run:
-    """Six steps with open gates, after the third of which nothing is pruned, or there is no prune."""
+    """Six steps with open gates; in the middle there is a prune of nothing, or none."""
     dmp = shard(case)
     set_open(dmp)
     optimizer = adam(dmp)
@@ -245,9 +245,7 @@ def names_after_pruning() -> tuple[list[str], ...]:
     plain = shard(Case(gated=False, features=("b", "d", "e"), dense=("y", "z")))
     # The first batch makes a buffer, which the pruned model has from the comparison.
     logits(plain, 0, None, ("y", "z"))
-    leftovers = [
-        fqn for fqn, module in pruned.named_modules() if "fmp" in type(module).__module__
-    ]
+    leftovers = [fqn for fqn, module in pruned.named_modules() if "fmp" in type(module).__module__]
     leftovers += [name for name, _ in pruned.named_parameters() if "gate" in name]
     return leftovers, *(
         [
@@ -340,7 +338,7 @@ def by_different_selections(dmp: DistributedModelParallel, optimizer: Optimizer)
     return refused(dmp, optimizer, select(gates), planner=FixedPlanner(), batch=batch(7))
 
 
-def by_a_batch_that_is_not_finite_on_one_rank(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+def by_a_batch_not_finite_on_one_rank(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
     some = batch(7)
     if dist.get_rank() == dist.get_world_size() - 1:
         some.dense_features[0, 2] = torch.nan
@@ -371,7 +369,7 @@ def by_a_foreign_parameter(dmp: DistributedModelParallel, optimizer: Optimizer) 
 FAILURES = [
     (by_a_wrong_rule, MiscutDLRM, "ParityError: pruned and gated outputs differ .*a cut rule"),
     (
-        by_a_batch_that_is_not_finite_on_one_rank,
+        by_a_batch_not_finite_on_one_rank,
         DLRM,
         "ValueError: the gated model's output is not finite",
     ),

@@ -56,7 +56,7 @@ def test_an_old_output_that_is_not_finite_can_be_told_from_a_difference(value: f
 
 def test_outputs_of_different_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gated model returns \[\(2,\)\], the pruned .*\(3,\)"):
-        difference(Answers(1, 2), Answers(1, 2, 3))
+        difference(Answers(1.0, 2.0), Answers(1.0, 2.0, 3.0))
 
 
 class Narrow(nn.Module):

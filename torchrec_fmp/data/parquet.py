@@ -92,8 +92,13 @@ class PreparedDataset(Dataset):
     """
 
     def __init__(self, path: str) -> None:
+        schema = paths.join(path, "schema.json")
+        if not paths.exists(schema):
+            raise FileNotFoundError(
+                f"there is no {schema}: make {path} with `torchrec-fmp prepare ... --out {path}`"
+            )
         self._path = path
-        self._schema = Schema.load(paths.join(path, "schema.json"))
+        self._schema = Schema.load(schema)
 
     @property
     def schema(self) -> Schema:

@@ -52,7 +52,8 @@ def carry_optimizer(
     """Prepares the optimizer of the new model: groups, hyperparameters, cut states, step counters.
 
     Takes `torch.optim` optimizers, and TorchRec's `KeyedOptimizerWrapper`, `CombinedOptimizer`,
-    `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters that do not survive, such as gates, are left out.
+    `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters that do not
+    survive, such as gates, are left out.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks

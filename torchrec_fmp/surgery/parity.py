@@ -93,7 +93,8 @@ def parity(
     max_abs = relative = torch.zeros((), dtype=torch.float64)
     for a, b in zip(expected, actual, strict=True):
         if a.numel() > 0:
-            difference = (a.double() - b.double()).abs().max().nan_to_num(nan=math.inf).cpu()
+            difference = (a.double() - b.double()).abs().max().cpu()
+            difference = difference.nan_to_num(nan=math.inf, posinf=math.inf)
             scale = a.double().abs().max().clamp(min=1).cpu()
             max_abs = torch.maximum(max_abs, difference)
             relative = torch.maximum(relative, difference / scale)
