@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
@@ -38,6 +41,28 @@ def check_equal(digest: str, what: str, group: dist.ProcessGroup) -> None:
             f"{what} differs between ranks: ranks {different} disagree with rank 0. Every rank "
             "must be given the same selection, model and planner"
         )
+
+
+@contextmanager
+def all_or_none(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Work that each rank does on its own, and that fails on all ranks if it fails on any.
+
+    Raises:
+        RuntimeError: on the ranks that succeeded, if another failed; names it and its error. A rank
+            that failed raises its own error.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    errors: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(errors, None if error is None else repr(error), group=group)
+    if error is not None:
+        raise error
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
 
 
 def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -20,7 +20,7 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from torchrec_fmp.agreement import check_equal, largest
+from torchrec_fmp.agreement import all_or_none, check_equal, largest
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.reshard.dense import carry_optimizer, fill_dense
@@ -126,7 +126,8 @@ def prune(
     with torch.random.fork_rng():
         new = _shard(smaller, model, old, planner, group)
     reshard_tables(model, new, smaller.cut_map)
-    commit = carry_optimizer(optimizer, model, new, smaller.cut_map, old.sources)
+    with all_or_none("preparing the optimizer", group):
+        commit = carry_optimizer(optimizer, model, new, smaller.cut_map, old.sources)
     max_abs = None
     if batch is not None:
         _check_gated(model, selection)

@@ -34,9 +34,11 @@ class Ranks:
         return self.rank == 0
 
     def __str__(self) -> str:
-        """For the user, as `2 ranks on cpu, backend gloo`."""
-        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        return f"{ranks} on {self.device.type}, backend {dist.get_backend(self.group)}"
+        """For the user, as `2 ranks on cpu over gloo: tables model-parallel, ...`."""
+        where = f"{self.device.type} over {dist.get_backend(self.group)}"
+        if self.world_size == 1:
+            return f"1 rank on {where}"
+        return f"{self.world_size} ranks on {where}: tables model-parallel, the rest data-parallel"
 
 
 @contextmanager

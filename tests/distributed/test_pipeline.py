@@ -119,7 +119,7 @@ def test_torchrun_runs_model_parallel_and_says_so_once(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert result["world_size"] == 2
     assert result["parity_max_abs"] <= 1e-5
-    assert done.stdout.count("2 ranks on cpu, backend gloo") == 1
+    assert done.stdout.count("2 ranks on cpu over gloo: tables model-parallel") == 1
     assert done.stdout.count("features   ") == 1
 
 

@@ -1,21 +1,15 @@
-"""Pruning a sharded, gated DLRM: what it computes, what it keeps, and what a failure leaves."""
+"""Pruning a sharded, gated DLRM: what it computes and what it keeps."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torchrec.datasets.utils import Batch
+from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from tests.distributed.dlrm_model import (
     DENSE,
@@ -25,14 +19,12 @@ from tests.distributed.dlrm_model import (
     TABLES,
     Case,
     FixedPlanner,
-    Piece,
     Tensors,
     adam,
-    assemble,
     batch,
     build,
-    dense_parameters,
     dense_state,
+    forward,
     kept_dense,
     logits,
     pieces,
@@ -43,17 +35,14 @@ from tests.distributed.dlrm_model import (
     trained,
 )
 from tests.distributed.process_group import ProcessGroup
-from torchrec_fmp.gates.attach import attach_gates, feature_gates
-from torchrec_fmp.gates.feature_gates import GateConfig
+from tests.distributed.runs import Run, assert_equal_runs
+from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.sharded import sharders
 from torchrec_fmp.planning import PlannerConfig, describe_plan, make_planner
-from torchrec_fmp.policies.selection import FeatureDecision, Selection
+from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pruning import Manifest, prune
 from torchrec_fmp.surgery.blueprint import blueprint
 from torchrec_fmp.surgery.cut import cut
-from torchrec_fmp.surgery.cut_map import TensorCut
-from torchrec_fmp.surgery.dlrm import cut_dlrm
-from torchrec_fmp.surgery.rules import Cutter, cut_rule
 
 TOLERANCE = 1e-6
 
@@ -132,6 +121,23 @@ def test_without_gates_on_dense_columns_the_pruned_model_computes_the_same(
     check_parity(ranks.run(compared, Case(dense_gates=False), gates, ["mixed"]))
 
 
+def computed_from_kept_keys() -> tuple[Tensor, Tensor]:
+    """Gated logits, and those of the pruned model for a batch without the dropped keys."""
+    dmp, optimizer = trained(Case())
+    selection = select(USUAL)
+    expected = logits(dmp, 8, selection, DENSE)
+    pruned = prune(dmp, optimizer, selection, planner=FixedPlanner(), batch=batch(7)).model
+    some = batch(8, kept_dense(selection))
+    kept = [FEATURES.index(name) for name in ("e", "b", "d")]
+    some.sparse_features = some.sparse_features.permute(kept)
+    return expected, forward(pruned.eval(), some)[1].detach()
+
+
+def test_batches_may_leave_out_the_dropped_keys_from_now_on(ranks: ProcessGroup) -> None:
+    for expected, actual in ranks.run(computed_from_kept_keys):
+        assert (expected - actual).abs().max() <= TOLERANCE
+
+
 def a_step_after_pruning(gates: Mapping[str, float]) -> tuple[list[float], Tensors, Manifest]:
     dmp, optimizer = trained(Case())
     selection = select(gates)
@@ -167,10 +173,6 @@ def test_the_manifest_counts_what_is_left(ranks: ProcessGroup) -> None:
         assert old.keys() - new.keys() == {"t_seven"}
 
 
-# What a run left behind: losses, tables, dense parameters and optimizer state, random numbers.
-Run = tuple[list[float], list[tuple[str, Piece]], Tensors, Tensor]
-
-
 def open_training(case: Case, prunes: bool) -> Run:
     """Six steps with open gates; in the middle there is a prune of nothing, or none."""
     dmp = shard(case)
@@ -187,26 +189,6 @@ def open_training(case: Case, prunes: bool) -> Run:
         assert not any(feature_gates(dmp))
     losses += train(dmp, optimizer, range(3, 6))
     return losses, pieces(dmp), dense_state(dmp, optimizer), torch.get_rng_state()
-
-
-def assert_equal_runs(runs: list[Run], others: list[Run]) -> None:
-    assert_equal_tables(assemble(run[1] for run in runs), assemble(run[1] for run in others))
-    for (losses, _, state, rng), (other_losses, _, other_state, other_rng) in zip(
-        runs, others, strict=True
-    ):
-        assert losses == other_losses
-        assert state.keys() == other_state.keys()
-        for name, tensor in state.items():
-            assert torch.equal(tensor, other_state[name]), name
-        assert torch.equal(rng, other_rng)
-
-
-def assert_equal_tables(tables: Mapping[str, Tensors], others: Mapping[str, Tensors]) -> None:
-    assert tables.keys() == others.keys()
-    for table, tensors in tables.items():
-        assert tensors.keys() == others[table].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, others[table][name]), f"{table}/{name}"
 
 
 @pytest.mark.parametrize("sharding", ["mixed", *SHARDINGS])
@@ -288,174 +270,6 @@ def test_a_pruned_model_can_be_pruned_again(ranks: ProcessGroup) -> None:
         assert any("t_shared" in name for name in names)
 
 
-class MiscutDLRM(DLRM):
-    """Has a rule that takes the wrong columns of the interaction."""
-
-
-@cut_rule(MiscutDLRM)
-def cut_wrongly(model: MiscutDLRM, fqn: str, cutter: Cutter) -> None:
-    cut_dlrm(model, fqn, cutter)
-    (name,) = (name for name in cutter.tensors if "over_arch" in name)
-    right = cutter.tensors[name]
-    assert right.columns is not None
-    cutter.tensors[name] = TensorCut(name, right.source_shape, right.columns.flip(0), right.scale)
-
-
-Failing = Callable[[DistributedModelParallel, Optimizer], str]
-NOTHING = "nothing was raised"
-
-
-def refused(*args: Any, **kwargs: Any) -> str:
-    """Name and message of what `prune` raises."""
-    try:
-        prune(*args, **kwargs)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return NOTHING
-
-
-def train_around(case: Case, failing: Failing | None) -> tuple[str, Run]:
-    """Training with an attempt to prune in the middle, or without one."""
-    dmp, optimizer = trained(case)
-    torch.manual_seed(5)
-    error = failing(dmp, optimizer) if failing else ""
-    assert all(module.training for module in dmp.modules())
-    losses = train(dmp, optimizer, range(3, 6))
-    return error, (losses, pieces(dmp), dense_state(dmp, optimizer), torch.get_rng_state())
-
-
-def by_a_wrong_rule(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    return refused(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=batch(7))
-
-
-def by_leaving_data_parallel(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    planner = FixedPlanner("table_wise")
-    return refused(dmp, optimizer, select(USUAL), planner=planner, batch=batch(7))
-
-
-def by_different_selections(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    gates = {"a": 0.0} if dist.get_rank() == 1 else {"b": 0.0}
-    return refused(dmp, optimizer, select(gates), planner=FixedPlanner(), batch=batch(7))
-
-
-def by_a_batch_not_finite_on_one_rank(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    some = batch(7)
-    if dist.get_rank() == dist.get_world_size() - 1:
-        some.dense_features[0, 2] = torch.nan
-    return refused(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=some)
-
-
-def by_an_unknown_feature(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    decisions = {**select(USUAL).features, "nobody": FeatureDecision(0, 0, False, "test")}
-    return refused(dmp, optimizer, Selection(decisions), planner=FixedPlanner())
-
-
-def by_a_missing_decision(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    decisions = dict(select(USUAL).features)
-    del decisions["e"], decisions["y"]
-    return refused(dmp, optimizer, Selection(decisions), planner=FixedPlanner())
-
-
-def by_dropping_every_feature(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    gates = dict.fromkeys(FEATURES, 0.0)
-    return refused(dmp, optimizer, select(gates), planner=FixedPlanner(), batch=batch(7))
-
-
-def by_a_foreign_parameter(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
-    foreign = torch.optim.SGD([*dense_parameters(dmp).values(), nn.Parameter(torch.ones(3))])
-    return refused(dmp, foreign, select(USUAL), planner=FixedPlanner(), batch=batch(7))
-
-
-FAILURES = [
-    (by_a_wrong_rule, MiscutDLRM, "ParityError: pruned and gated outputs differ .*a cut rule"),
-    (
-        by_a_batch_not_finite_on_one_rank,
-        DLRM,
-        "ValueError: the gated model's output is not finite",
-    ),
-    (by_an_unknown_feature, DLRM, r"ValueError: .*the model does not have: \['nobody'\]"),
-    (by_a_missing_decision, DLRM, r"ValueError: .*no decision .*\['e', 'y'\]"),
-    (by_dropping_every_feature, DLRM, "ValueError: every feature of .*collection is dropped"),
-    (by_a_foreign_parameter, DLRM, r"ValueError: .*parameter of shape \(3,\) .*does not have"),
-]
-
-
-@pytest.mark.parametrize(
-    ("failing", "model_type", "message"), FAILURES, ids=[f.__name__ for f, _, _ in FAILURES]
-)
-def test_a_prune_that_fails_leaves_the_old_model_and_optimizer_as_they_were(
-    ranks: ProcessGroup, failing: Failing, model_type: type[DLRM], message: str
-) -> None:
-    check_failure(ranks, failing, Case(model_type=model_type), message)
-
-
-def test_ranks_with_different_selections_all_refuse(ranks_2: ProcessGroup) -> None:
-    message = r"RuntimeError: the selection differs between ranks: ranks \[1\] disagree"
-    check_failure(ranks_2, by_different_selections, Case(), message)
-
-
-def test_a_data_parallel_table_that_would_get_a_fused_optimizer_is_refused(
-    ranks: ProcessGroup,
-) -> None:
-    message = "ValueError: .*a table cannot move between data-parallel and other sharding types"
-    check_failure(ranks, by_leaving_data_parallel, Case("data_parallel"), message)
-
-
-def check_failure(group: ProcessGroup, failing: Failing, case: Case, message: str) -> None:
-    results = group.run(train_around, case, failing)
-    for error, _ in results:
-        assert re.search(message, error), error
-    untouched = group.run(train_around, case, None)
-    assert_equal_runs([run for _, run in results], [run for _, run in untouched])
-
-
-class TwoTower(nn.Module):
-    """Reads pooled embeddings itself, and has no cut rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        config = EmbeddingBagConfig(
-            name="t_seven", embedding_dim=DIM, num_embeddings=7, feature_names=["a", "b"]
-        )
-        self.embeddings = EmbeddingBagCollection(tables=[config])
-        self.over = nn.Linear(2 * DIM, 1)
-
-    def forward(self, some: Batch) -> Tensor:
-        return self.over(self.embeddings(some.sparse_features).values())
-
-
-def tower_pruned(gates: Mapping[str, float]) -> str:
-    dmp = shard(Case(), attach_gates(TwoTower(), GateConfig()))
-    selection = select(gates, Case(features=("a", "b"), dense_gates=False))
-    return refused(dmp, adam(dmp), selection, planner=FixedPlanner(), batch=batch(0))
-
-
-def test_a_module_without_a_rule_must_not_read_what_changes(ranks: ProcessGroup) -> None:
-    for error in ranks.run(tower_pruned, {"a": 0.0}):
-        assert "TypeError: the model is a TwoTower that reads the features ['a']" in error
-        assert "@torchrec_fmp.cut_rule(TwoTower)" in error
-    for error in ranks.run(tower_pruned, {"a": 0.5}):
-        assert "TypeError: the model is a TwoTower that reads ['a'], whose gates" in error
-    # Gates that agree fold into the rows, which needs no rule.
-    assert set(ranks.run(tower_pruned, {"a": 0.5, "b": 0.5})) == {NOTHING}
-
-
-def ungated_pruned() -> list[str]:
-    case = Case(gated=False)
-    dmp, optimizer = trained(case)
-    selection = select({"a": 0.0}, case)
-    return [
-        refused(dmp, optimizer, selection, planner=FixedPlanner(), batch=batch(0)),
-        refused(dmp, optimizer, selection, planner=FixedPlanner()),
-    ]
-
-
-def test_a_model_without_gates_is_pruned_without_comparison_only(ranks: ProcessGroup) -> None:
-    for with_batch, without in ranks.run(ungated_pruned):
-        assert re.search(r"ValueError: the features \['a'\] .*have no gate", with_batch)
-        assert without == NOTHING
-
-
 def cut_digest(gates: Mapping[str, float]) -> str:
     return cut(blueprint(shard(Case())), select(gates)).cut_map.digest()
 
@@ -464,17 +278,3 @@ def test_every_rank_makes_the_same_cut(ranks_2: ProcessGroup) -> None:
     digests = ranks_2.run(cut_digest, USUAL)
     assert len(set(digests)) == 1
     assert set(ranks_2.run(cut_digest, {**USUAL, "e": 0.31})).isdisjoint(digests)
-
-
-def training_after_fixed_gates() -> Tensor:
-    """The gates' values after a prune that is abandoned, in a model whose gates were fixed."""
-    dmp = shard(Case(model_type=MiscutDLRM))
-    ((_, gates), _) = feature_gates(dmp)
-    gates.fix(dict.fromkeys(FEATURES, 0.25))
-    error = by_a_wrong_rule(dmp, adam(dmp))
-    assert "ParityError" in error
-    return gates.values()
-
-
-def test_gates_that_were_fixed_stay_fixed_when_a_prune_fails(ranks_1: ProcessGroup) -> None:
-    assert ranks_1.run(training_after_fixed_gates)[0].tolist() == [0.25] * len(FEATURES)

@@ -1,0 +1,242 @@
+"""A prune that fails: what it says, and that it leaves everything as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from tests.distributed.dlrm_model import (
+    DIM,
+    FEATURES,
+    Case,
+    FixedPlanner,
+    adam,
+    batch,
+    dense_parameters,
+    dense_state,
+    pieces,
+    select,
+    shard,
+    train,
+    trained,
+)
+from tests.distributed.process_group import ProcessGroup
+from tests.distributed.runs import Run, assert_equal_runs
+from torchrec_fmp.gates.attach import attach_gates, feature_gates
+from torchrec_fmp.gates.feature_gates import GateConfig
+from torchrec_fmp.policies.selection import FeatureDecision, Selection
+from torchrec_fmp.pruning import prune
+from torchrec_fmp.surgery.cut_map import TensorCut
+from torchrec_fmp.surgery.dlrm import cut_dlrm
+from torchrec_fmp.surgery.rules import Cutter, cut_rule
+
+# Every kind of change at once: a table goes, one feature of the shared table goes, gates fold into
+# rows and into the dense layer, a dense column goes.
+USUAL = {"a": 0.0, "c": 0.0, "d": 0.5, "e": 0.3, "x": 0.0, "y": 0.7}
+
+
+class MiscutDLRM(DLRM):
+    """Has a rule that takes the wrong columns of the interaction."""
+
+
+@cut_rule(MiscutDLRM)
+def cut_wrongly(model: MiscutDLRM, fqn: str, cutter: Cutter) -> None:
+    cut_dlrm(model, fqn, cutter)
+    (name,) = (name for name in cutter.tensors if "over_arch" in name)
+    right = cutter.tensors[name]
+    assert right.columns is not None
+    cutter.tensors[name] = TensorCut(name, right.source_shape, right.columns.flip(0), right.scale)
+
+
+Failing = Callable[[DistributedModelParallel, Optimizer], str]
+NOTHING = "nothing was raised"
+
+
+def refused(*args: Any, **kwargs: Any) -> str:
+    """Name and message of what `prune` raises."""
+    try:
+        prune(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return NOTHING
+
+
+def train_around(case: Case, failing: Failing | None) -> tuple[str, Run]:
+    """Training with an attempt to prune in the middle, or without one."""
+    dmp, optimizer = trained(case)
+    torch.manual_seed(5)
+    error = failing(dmp, optimizer) if failing else ""
+    assert all(module.training for module in dmp.modules())
+    losses = train(dmp, optimizer, range(3, 6))
+    return error, (losses, pieces(dmp), dense_state(dmp, optimizer), torch.get_rng_state())
+
+
+def by_a_wrong_rule(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    return refused(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=batch(7))
+
+
+def by_leaving_data_parallel(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    planner = FixedPlanner("table_wise")
+    return refused(dmp, optimizer, select(USUAL), planner=planner, batch=batch(7))
+
+
+def by_different_selections(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    gates = {"a": 0.0} if dist.get_rank() == 1 else {"b": 0.0}
+    return refused(dmp, optimizer, select(gates), planner=FixedPlanner(), batch=batch(7))
+
+
+def by_a_batch_not_finite_on_one_rank(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    some = batch(7)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        some.dense_features[0, 2] = torch.nan
+    return refused(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=some)
+
+
+def by_an_unknown_feature(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    decisions = {**select(USUAL).features, "nobody": FeatureDecision(0, 0, False, "test")}
+    return refused(dmp, optimizer, Selection(decisions), planner=FixedPlanner())
+
+
+def by_a_missing_decision(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    decisions = dict(select(USUAL).features)
+    del decisions["e"], decisions["y"]
+    return refused(dmp, optimizer, Selection(decisions), planner=FixedPlanner())
+
+
+def by_dropping_every_feature(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    gates = dict.fromkeys(FEATURES, 0.0)
+    return refused(dmp, optimizer, select(gates), planner=FixedPlanner(), batch=batch(7))
+
+
+def by_a_foreign_parameter(dmp: DistributedModelParallel, optimizer: Optimizer) -> str:
+    foreign = torch.optim.SGD([*dense_parameters(dmp).values(), nn.Parameter(torch.ones(3))])
+    return refused(dmp, foreign, select(USUAL), planner=FixedPlanner(), batch=batch(7))
+
+
+FAILURES = [
+    (by_a_wrong_rule, MiscutDLRM, "ParityError: pruned and gated outputs differ .*a cut rule"),
+    (
+        by_a_batch_not_finite_on_one_rank,
+        DLRM,
+        "ValueError: the gated model's output is not finite",
+    ),
+    (by_an_unknown_feature, DLRM, r"ValueError: .*the model does not have: \['nobody'\]"),
+    (by_a_missing_decision, DLRM, r"ValueError: .*no decision .*\['e', 'y'\]"),
+    (by_dropping_every_feature, DLRM, "ValueError: every feature of .*collection is dropped"),
+    (by_a_foreign_parameter, DLRM, r"ValueError: .*parameter of shape \(3,\) .*does not have"),
+]
+
+
+@pytest.mark.parametrize(
+    ("failing", "model_type", "message"), FAILURES, ids=[f.__name__ for f, _, _ in FAILURES]
+)
+def test_a_prune_that_fails_leaves_the_old_model_and_optimizer_as_they_were(
+    ranks: ProcessGroup, failing: Failing, model_type: type[DLRM], message: str
+) -> None:
+    check_failure(ranks, failing, Case(model_type=model_type), message)
+
+
+def test_ranks_with_different_selections_all_refuse(ranks_2: ProcessGroup) -> None:
+    message = r"RuntimeError: the selection differs between ranks: ranks \[1\] disagree"
+    check_failure(ranks_2, by_different_selections, Case(), message)
+
+
+def test_a_data_parallel_table_that_would_get_a_fused_optimizer_is_refused(
+    ranks: ProcessGroup,
+) -> None:
+    message = "ValueError: .*a table cannot move between data-parallel and other sharding types"
+    check_failure(ranks, by_leaving_data_parallel, Case("data_parallel"), message)
+
+
+def check_failure(group: ProcessGroup, failing: Failing, case: Case, message: str) -> None:
+    results = group.run(train_around, case, failing)
+    for error, _ in results:
+        assert re.search(message, error), error
+    untouched = group.run(train_around, case, None)
+    assert_equal_runs([run for _, run in results], [run for _, run in untouched])
+
+
+class TwoTower(nn.Module):
+    """Reads pooled embeddings itself, and has no cut rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = EmbeddingBagConfig(
+            name="t_seven", embedding_dim=DIM, num_embeddings=7, feature_names=["a", "b"]
+        )
+        self.embeddings = EmbeddingBagCollection(tables=[config])
+        self.over = nn.Linear(2 * DIM, 1)
+
+    def forward(self, some: Batch) -> Tensor:
+        return self.over(self.embeddings(some.sparse_features).values())
+
+
+def tower_pruned(gates: Mapping[str, float]) -> str:
+    dmp = shard(Case(), attach_gates(TwoTower(), GateConfig()))
+    selection = select(gates, Case(features=("a", "b"), dense_gates=False))
+    return refused(dmp, adam(dmp), selection, planner=FixedPlanner(), batch=batch(0))
+
+
+def test_a_module_without_a_rule_must_not_read_what_changes(ranks: ProcessGroup) -> None:
+    for error in ranks.run(tower_pruned, {"a": 0.0}):
+        assert "TypeError: the model is a TwoTower that reads the features ['a']" in error
+        assert "@torchrec_fmp.cut_rule(TwoTower)" in error
+    for error in ranks.run(tower_pruned, {"a": 0.5}):
+        assert "TypeError: the model is a TwoTower that reads ['a'], whose gates" in error
+    # Gates that agree fold into the rows, which needs no rule.
+    assert set(ranks.run(tower_pruned, {"a": 0.5, "b": 0.5})) == {NOTHING}
+
+
+def ungated_pruned() -> list[str]:
+    case = Case(gated=False)
+    dmp, optimizer = trained(case)
+    selection = select({"a": 0.0}, case)
+    return [
+        refused(dmp, optimizer, selection, planner=FixedPlanner(), batch=batch(0)),
+        refused(dmp, optimizer, selection, planner=FixedPlanner()),
+    ]
+
+
+def test_a_model_without_gates_is_pruned_without_comparison_only(ranks: ProcessGroup) -> None:
+    for with_batch, without in ranks.run(ungated_pruned):
+        assert re.search(r"ValueError: the features \['a'\] .*have no gate", with_batch)
+        assert without == NOTHING
+
+
+def training_after_fixed_gates() -> Tensor:
+    """The gates' values after a prune that is abandoned, in a model whose gates were fixed."""
+    dmp = shard(Case(model_type=MiscutDLRM))
+    ((_, gates), _) = feature_gates(dmp)
+    gates.fix(dict.fromkeys(FEATURES, 0.25))
+    error = by_a_wrong_rule(dmp, adam(dmp))
+    assert "ParityError" in error
+    return gates.values()
+
+
+def test_gates_that_were_fixed_stay_fixed_when_a_prune_fails(ranks_1: ProcessGroup) -> None:
+    assert ranks_1.run(training_after_fixed_gates)[0].tolist() == [0.25] * len(FEATURES)
+
+
+def with_a_foreign_parameter_on_rank_1() -> str:
+    dmp, optimizer = trained(Case())
+    if dist.get_rank() == 1:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    return refused(dmp, optimizer, select(USUAL), planner=FixedPlanner("mixed"), batch=batch(7))
+
+
+def test_an_optimizer_that_fits_on_one_rank_only_is_refused_on_all(ranks_2: ProcessGroup) -> None:
+    errors = ranks_2.run(with_a_foreign_parameter_on_rank_1)
+    assert "RuntimeError: preparing the optimizer failed on rank 1" in errors[0]
+    assert "ValueError: the optimizer holds a parameter" in errors[1]
