@@ -16,6 +16,9 @@ from torchrec_fmp.gates.feature_gates import FeatureGates
 # Shapes: B examples, K keys (a feature that two tables serve has two keys), D dimension of a key,
 # W = sum of the keys' dimensions.
 
+# Of W = 1,664 floats (26 keys of 64) each, 256 rows are 1.7 MB.
+_CPU_CHUNK_ROWS = 256
+
 
 class _Scale(torch.autograd.Function):
     """values_BW with the columns of key k multiplied by gate k.
@@ -23,7 +26,8 @@ class _Scale(torch.autograd.Function):
     The forward and the gradient of the values are the product's. The gradient of the gates is, if
     `centered`, that of the values' deviation from their mean over the batch. See `GateConfig`.
 
-    It is a dot product per example and key; autograd would build the (B, W) product and then sum.
+    The backward pass goes through the batch in chunks that fit into a CPU core's cache; autograd's
+    own would write and read (B, W) intermediates, which costs four times as much.
     """
 
     @staticmethod
@@ -33,39 +37,41 @@ class _Scale(torch.autograd.Function):
         ctx.save_for_backward(values_BW, gates)
         ctx.lengths = lengths
         ctx.centered = centered
-        return values_BW * _per_column(gates, lengths)
+        return _multiply(values_BW, gates, lengths, torch.empty_like(values_BW))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (grad_BW,) = grads
         values_BW, gates = ctx.saved_tensors
-        grad_values = grad_gates = None
-        if ctx.needs_input_grad[0]:
-            grad_values = grad_BW * _per_column(gates, ctx.lengths)
-        if ctx.needs_input_grad[1]:
-            grad_gates = _dot_per_key(grad_BW, values_BW, ctx.lengths)
-            # Not mean(): of an empty batch, which a rank may get, that is NaN.
-            mean_1W = values_BW.sum(0, keepdim=True) / max(len(values_BW), 1)
-            if gates.dim() == 1:
-                grad_gates = grad_gates.sum(0)
-                if ctx.centered:
-                    total_1W = grad_BW.sum(0, keepdim=True)
-                    grad_gates -= _dot_per_key(total_1W, mean_1W, ctx.lengths).squeeze(0)
-            elif ctx.centered:
-                grad_gates -= _dot_per_key(grad_BW, mean_1W.expand_as(grad_BW), ctx.lengths)
-        return grad_values, grad_gates, None, None
+        grad_values = torch.empty_like(grad_BW)
+        # Not mean(): of an empty batch, which a rank may get, that is NaN.
+        mean_W = values_BW.sum(0) / max(len(values_BW), 1) if ctx.centered else 0
+        rows = _CPU_CHUNK_ROWS if grad_BW.is_cpu else max(len(grad_BW), 1)
+        dots_BK = []
+        for start in range(0, max(len(grad_BW), 1), rows):
+            chunk = slice(start, start + rows)
+            gates_of_chunk = gates if gates.dim() == 1 else gates[chunk]
+            _multiply(grad_BW[chunk], gates_of_chunk, ctx.lengths, grad_values[chunk])
+            dots_BK.append(_dot_per_key(grad_BW[chunk], values_BW[chunk] - mean_W, ctx.lengths))
+        grad_gates = torch.cat(dots_BK)
+        return grad_values, grad_gates.sum(0) if gates.dim() == 1 else grad_gates, None, None
 
 
-def _per_column(gates: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(K,) or (B, K) gates -> (W,) or (B, W)."""
+def _multiply(values_BW: Tensor, gates: Tensor, lengths: Sequence[int], out: Tensor) -> Tensor:
+    """`out`, filled with each key's columns times its gate; gates are (K,) or (B, K)."""
+    if len(set(lengths)) == 1:
+        shape = (len(values_BW), len(lengths), lengths[0])
+        torch.mul(values_BW.reshape(shape), gates.unsqueeze(-1), out=out.view(shape))
+        return out
     repeats = torch.tensor(lengths, device=gates.device)
-    return gates.repeat_interleave(repeats, dim=-1, output_size=sum(lengths))
+    columns = gates.repeat_interleave(repeats, dim=-1, output_size=sum(lengths))
+    return torch.mul(values_BW, columns, out=out)
 
 
 def _dot_per_key(left_BW: Tensor, right_BW: Tensor, lengths: Sequence[int]) -> Tensor:
     """Dot products over each key's columns, (B, K)."""
     if len(set(lengths)) == 1:
-        shape = (left_BW.shape[0], len(lengths), lengths[0])
+        shape = (len(left_BW), len(lengths), lengths[0])
         return torch.linalg.vecdot(left_BW.reshape(shape), right_BW.reshape(shape))
     pairs = zip(left_BW.split(list(lengths), 1), right_BW.split(list(lengths), 1), strict=True)
     return torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=1)
