@@ -106,7 +106,7 @@ def test_snippets_of_the_readme_run_and_find_the_features_that_matter(tmp_path: 
 
 def test_every_place_that_the_readme_names_exists() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    tree = blocks("")[-1]
+    tree = README.split("## Where things are\n\n```\n")[1].split("```")[0]
     named = re.findall(r"(?<![\w/.])([a-z_]+(?:\.py|/))(?=\s)", tree)
     assert links and named
     missing = [link for link in links if not (ROOT / link).exists()]

@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 ROWS = 60_000
 
+MOST = [
+    *("--pretrain.penalty", "TargetPenalty", "--pretrain.penalty.keep", "0.75"),
+    *("--policy", "TopFraction", "--policy.fraction", "0.75"),
+]
+
 pytestmark = pytest.mark.skipif(
     not DATA.is_dir(), reason="the real data sets are not at ../shared/data of the repository"
 )
@@ -44,11 +49,11 @@ def test_a_slice_of_real_data_goes_through_the_full_path(name: str, tmp_path: Pa
     features = prepare(name, tmp_path)
     out = tmp_path / "out"
     config = str(ROOT / "configs" / f"{name}.yaml")
-    overrides = ["--data.path", str(tmp_path / "prepared")]
+    overrides = ["--data.path", str(tmp_path / "prepared"), *MOST]
     assert main(["run", config, "--out", str(out), *overrides]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["features_total"] == features
-    assert result["features_kept"] == len(result["kept"]) < features
+    assert result["features_kept"] == len(result["kept"]) == features * 3 // 4
     assert len(result["kept"]) + len(result["dropped"]) == features
     assert result["metrics"]["final"]["auc"] > 0.6
     assert result["metrics"]["final"]["ne"] < 1

@@ -45,10 +45,9 @@ def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
     except (OSError, ValueError) as error:
         return _fail(error, status=2)
 
-    from torchrec_fmp.metrics_log import MetricsLog
     from torchrec_fmp.pipeline import Pipeline
     from torchrec_fmp.ranks import process_group
-    from torchrec_fmp.result import format_report, manifest_json, result_of
+    from torchrec_fmp.result import format_report, result_of
     from torchrec_fmp.run_directory import RunDirectory
 
     _quiet_libraries()
@@ -57,20 +56,14 @@ def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
         try:
             directory.create()
             directory.write_text("config.yaml", composed)
-            log = MetricsLog(
-                directory.file("metrics.jsonl") if ranks.speaks else None,
-                config.train.log_interval,
-            )
             if ranks.speaks:
                 sys.stdout.write(f"{ranks}\n")
-            outcome = Pipeline(config, ranks, log).run()
+            outcome = Pipeline(config, ranks, directory).run()
         except (ValueError, RuntimeError, OSError) as error:
             if logging.getLogger().isEnabledFor(logging.DEBUG):
                 raise
             return _fail(error, status=1)
         result = result_of(outcome, config, ranks)
-        directory.write_text("selection.json", outcome.selection.to_json())
-        directory.write_json("manifest.json", manifest_json(outcome.manifest))
         directory.write_json("result.json", result)
         if ranks.speaks:
             sys.stdout.write(format_report(result, config.data.truth, out))

@@ -66,7 +66,8 @@ class PretrainConfig:
     """The phase with gates, on the first part of the data.
 
     Args:
-        fraction: of the training rows.
+        fraction: of the training rows; not used where `samples` is given.
+        samples: training rows, over all ranks; rounded down to whole batches.
         batch_size: rows a step on each rank; many small steps move the gates further.
         gate_learning_rate: of Adam, for log_alpha.
         open_fraction: of the phase's steps, at its start, in which every gate is exactly open.
@@ -75,6 +76,7 @@ class PretrainConfig:
     """
 
     fraction: float = 0.2
+    samples: int | None = None
     batch_size: int = 128
     gate_learning_rate: float = 5e-2
     open_fraction: float = 0.4
@@ -85,6 +87,8 @@ class PretrainConfig:
         _check_positive(self, "pretrain", "fraction", "batch_size", "gate_learning_rate")
         if self.fraction > 1:
             raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
+        if self.samples is not None and self.samples < 1:
+            raise ValueError(f"pretrain.samples is {self.samples}, it must be at least 1")
         if not (self.open_fraction >= 0 <= self.ramp_fraction) or (
             self.open_fraction + self.ramp_fraction >= 1
         ):
@@ -93,6 +97,11 @@ class PretrainConfig:
                 f"{self.ramp_fraction} must not be negative and leave a part of the phase for the "
                 "full penalty"
             )
+
+    def rows_of(self, rows: int, world_size: int) -> int:
+        """How many of a rank's `rows` are for pretraining, in whole batches."""
+        wanted = self.fraction * rows if self.samples is None else self.samples / world_size
+        return int(wanted) // self.batch_size * self.batch_size
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class RunConfig:
         train: both phases' training.
         planner: what TorchRec's planner may choose from.
         reference: also train the unpruned model, on the same batches in the same order.
-        seed: of weights, gate noise and shuffling.
+        seed: of weights, shuffling and, added to gates.seed, gate noise.
     """
 
     data: Dataset

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pruning import Manifest, prune
 from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.run_directory import RunDirectory
 from torchrec_fmp.scores.gate_scores import gate_scores
 from torchrec_fmp.train import GateSchedule, Progress, train
 
@@ -74,28 +75,33 @@ class Pipeline:
     Args:
         config: what to run.
         ranks: the process group.
-        log: gets the training loss.
+        directory: gets metrics.jsonl, selection.json and manifest.json, each as soon as it is
+            known; None for none.
 
     Raises:
         ValueError: if there are too few rows for the configured phases.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, log: MetricsLog) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, directory: RunDirectory | None = None
+    ) -> None:
         self._config = config
         self._ranks = ranks
-        self._log = log
+        self._directory = directory
+        log_path = directory.file("metrics.jsonl") if directory and ranks.speaks else None
+        self._log = MetricsLog(log_path, config.train.log_interval)
         self._schema = config.data.schema
         self._readers: list[Reader] = []
         self._rows = self._reader("train", self._schema).rows
         batch_size = config.pretrain.batch_size
-        self._pretrain_rows = int(config.pretrain.fraction * self._rows) // batch_size * batch_size
+        self._pretrain_rows = config.pretrain.rows_of(self._rows, ranks.world_size)
         rest = self._rows - self._pretrain_rows
         if self._pretrain_rows == 0 or rest < config.train.batch_size:
             raise ValueError(
                 f"of a rank's {self._rows} rows, {self._pretrain_rows} are for pretraining in "
                 f"batches of {batch_size} and {rest} for going on in batches of "
                 f"{config.train.batch_size}: give more rows, a smaller batch_size, or another "
-                "pretrain.fraction"
+                "pretrain.fraction or pretrain.samples"
             )
         tables = [table_name(name) for name in self._schema.sparse_names]
         self._planner = make_planner(
@@ -150,7 +156,8 @@ class Pipeline:
         torch.manual_seed(config.seed)
         model = config.model.build(self._schema, device)
         if gated:
-            attach_gates(model, config.gates, config.model.dense_modules(self._schema))
+            gates = replace(config.gates, seed=config.gates.seed + config.seed)
+            attach_gates(model, gates, config.model.dense_modules(self._schema))
         model_sharders = sharders(
             {
                 "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
@@ -158,10 +165,12 @@ class Pipeline:
             }
         )
         plan = self._planner.collective_plan(model, model_sharders, self._ranks.group)
+        # Each rank fills its own shards, which must not be each other's copies.
+        torch.manual_seed(config.seed + (self._ranks.rank << 32))
         sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=model_sharders)
-        gates = {id(module.log_alpha) for _, module in feature_gates(sharded)}
+        log_alphas = {id(module.log_alpha) for _, module in feature_gates(sharded)}
         dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-        parameters = [parameter for parameter in dense.values() if id(parameter) not in gates]
+        parameters = [parameter for parameter in dense.values() if id(parameter) not in log_alphas]
         optimizer = Adam(parameters, lr=config.train.learning_rate, fused=True)
         return _Job(sharded, optimizer, self._schema)
 
@@ -206,7 +215,10 @@ class Pipeline:
         text = None
         if self._ranks.speaks:
             text = decide(gate_scores(job.model), self._config.policy).to_json()
-        return Selection.from_json(broadcast_text(text, self._ranks.group, self._ranks.device))
+        text = broadcast_text(text, self._ranks.group, self._ranks.device)
+        if self._directory:
+            self._directory.write_text("selection.json", text)
+        return Selection.from_json(text)
 
     def _prune(self, job: _Job, selection: Selection) -> tuple[_Job, Manifest]:
         pruned = prune(
@@ -217,6 +229,8 @@ class Pipeline:
             batch=self._first_test_batch(),
             tolerance=self._config.parity_tolerance,
         )
+        if self._directory:
+            self._directory.write_json("manifest.json", pruned.manifest.describe())
         kept = self._schema.only(selection.kept)
         return _Job(pruned.model, pruned.optimizer, kept), pruned.manifest
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan, ShardingType
@@ -29,6 +30,11 @@ class PlannerConfig:
         unknown = [name for name in asked if name not in known]
         if unknown:
             raise ValueError(f"unknown sharding types {unknown}; TorchRec has {known}")
+        if ShardingType.DATA_PARALLEL.value in asked:
+            raise ValueError(
+                "data_parallel tables train with the dense optimizer instead of the fused one, and "
+                "cannot be moved to or from other sharding types when the model is planned again"
+            )
 
 
 def make_planner(
@@ -48,8 +54,10 @@ def make_planner(
         table: ParameterConstraints(sharding_types=list(own.get(table, config.sharding_types)))
         for table in tables
     }
+    hbm_cap = torch.cuda.get_device_properties(0).total_memory if device_type == "cuda" else None
     topology = Topology(
         world_size=world_size,
+        hbm_cap=hbm_cap,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         compute_device=device_type,
     )

@@ -22,6 +22,7 @@ from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchrec_fmp.agreement import all_or_none, check_equal, largest
 from torchrec_fmp.gates.attach import feature_gates
+from torchrec_fmp.planning import describe_plan
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.reshard.dense import carry_optimizer, fill_dense
 from torchrec_fmp.reshard.reshard import reshard_tables
@@ -64,6 +65,18 @@ class Manifest:
     parameters: tuple[int, int]
     plans: tuple[ShardingPlan, ShardingPlan]
     parity_max_abs: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for reports: everything but the decisions, which have a file of their own."""
+        when = ("before", "after")
+        return {
+            "dropped": self.selection.dropped,
+            "dense_columns": {fqn: list(names) for fqn, names in self.dense_columns.items()},
+            "table_bytes": dict(zip(when, self.table_bytes, strict=True)),
+            "parameters": dict(zip(when, self.parameters, strict=True)),
+            "plans": {w: describe_plan(p) for w, p in zip(when, self.plans, strict=True)},
+            "parity_max_abs": self.parity_max_abs,
+        }
 
 
 class Pruned(NamedTuple):
@@ -123,7 +136,8 @@ def prune(
     check_equal(smaller.cut_map.digest(), "the cut", group)
     # Building modules draws initial weights, which are overwritten: the job's own random numbers
     # go on as if nothing had happened.
-    with torch.random.fork_rng():
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type):
         new = _shard(smaller, model, old, planner, group)
     reshard_tables(model, new, smaller.cut_map)
     with all_or_none("preparing the optimizer", group):
@@ -169,7 +183,8 @@ def _shard(
     group: dist.ProcessGroup,
 ) -> DistributedModelParallel:
     """The smaller model with its dense weights, sharded by a new plan; tables are not filled."""
-    fill_dense(smaller.model, _dense_tensors(model), smaller.cut_map, old.sources)
+    with all_or_none("cutting the dense parameters", group):
+        fill_dense(smaller.model, _dense_tensors(model), smaller.cut_map, old.sources)
     plan = planner.collective_plan(smaller.model, model.sharders, group)
     return DistributedModelParallel(
         smaller.model,
@@ -188,7 +203,10 @@ def _dense_tensors(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
         for fqn, module in model.module.named_modules()
         if isinstance(module, ShardedEmbeddingModule)
     )
-    tensors = [*model.module.named_parameters(), *model.module.named_buffers()]
+    tensors = [
+        *model.module.named_parameters(remove_duplicate=False),
+        *model.module.named_buffers(remove_duplicate=False),
+    ]
     return {fqn: tensor for fqn, tensor in tensors if not fqn.startswith(sharded)}
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from torchrec_fmp.doctor import installed_versions
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -45,9 +47,9 @@ class Ranks:
 def process_group() -> Iterator[Ranks]:
     """Joins the group that torchrun's environment names, or makes one of a single rank.
 
-    Uses CUDA and NCCL where a GPU is present, CPU and gloo otherwise.
+    Uses CUDA and NCCL where there is a GPU and fbgemm's CUDA build, CPU and gloo otherwise.
     """
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and installed_versions().get("fbgemm-gpu-cpu") is None
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if cuda else 0)

@@ -11,8 +11,6 @@ from torchrec_fmp.config import RunConfig
 from torchrec_fmp.data.dataset import PlantedTruth
 from torchrec_fmp.doctor import installed_versions
 from torchrec_fmp.pipeline import Outcome
-from torchrec_fmp.planning import describe_plan
-from torchrec_fmp.pruning import Manifest
 from torchrec_fmp.ranks import Ranks
 
 
@@ -50,21 +48,6 @@ def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, An
         "world_size": ranks.world_size,
         "seed": config.seed,
         "versions": {name: v for name, v in installed_versions().items() if v is not None},
-    }
-
-
-def manifest_json(manifest: Manifest) -> dict[str, Any]:
-    """The content of manifest.json: what the prune did, but for the selection's own file."""
-    return {
-        "dropped": manifest.selection.dropped,
-        "dense_columns": {fqn: list(names) for fqn, names in manifest.dense_columns.items()},
-        "table_bytes": dict(zip(("before", "after"), manifest.table_bytes, strict=True)),
-        "parameters": dict(zip(("before", "after"), manifest.parameters, strict=True)),
-        "plans": {
-            when: describe_plan(plan)
-            for when, plan in zip(("before", "after"), manifest.plans, strict=True)
-        },
-        "parity_max_abs": manifest.parity_max_abs,
     }
 
 

@@ -23,10 +23,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from tests.distributed.process_group import ProcessGroup
 from tests.tiny_run import tiny, write_config
 from torchrec_fmp.config import load_config
+from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.metrics import Metrics, evaluate
-from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.reshard.local_shards import local_shards, sharded_collections
 from torchrec_fmp.result import result_of
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +43,7 @@ def run(config_path: str) -> tuple[dict[str, Any], str]:
     """The result and the selection's digest."""
     config, _ = load_config(config_path)
     ranks = this_rank()
-    outcome = Pipeline(config, ranks, MetricsLog(None, 10)).run()
+    outcome = Pipeline(config, ranks).run()
     return result_of(outcome, config, ranks), outcome.selection.digest()
 
 
@@ -63,6 +64,43 @@ def test_the_planted_signal_stays_and_every_rank_decides_alike(
         assert result["metrics"] == outcomes[0][0]["metrics"]
         assert result["metrics"]["final"]["auc"] > 0.85
         assert result["samples"]["pretrain"] == 5000 // 32 * 32
+
+
+def test_pretraining_takes_the_number_of_samples_asked_for_over_all_ranks(
+    ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    config = tiny(pretrain__samples=2100, pretrain__batch_size=32 // ranks.world_size)
+    for result, _ in ranks.run(run, write_config(tmp_path, config)):
+        assert result["samples"]["pretrain"] == 2100 // 32 * 32
+
+
+def first_shards(config_path: str) -> dict[str, Tensor]:
+    """First rows of this rank's shard of each table, before any training."""
+    config, _ = load_config(config_path)
+    job = Pipeline(config, this_rank())._build(gated=False)
+    (collection,) = sharded_collections(job.model).values()
+    return {s.table: s.weight[:2].clone() for s in local_shards(collection) if len(s.weight) > 1}
+
+
+def test_shards_of_a_table_do_not_start_as_copies_of_each_other(
+    ranks_2: ProcessGroup, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, tiny(planner__sharding_types=["row_wise"]))
+    first, second = ranks_2.run(first_shards, config)
+    assert first.keys() == second.keys() and first
+    for table, rows in first.items():
+        assert not torch.equal(rows, second[table]), table
+
+
+def noise_seeds(config_path: str, seed: int) -> set[int]:
+    config, _ = load_config(config_path, ["--seed", str(seed)])
+    job = Pipeline(config, this_rank())._build(gated=True)
+    return {module.config.seed for _, module in feature_gates(job.model)}
+
+
+def test_the_seed_of_a_run_is_the_gate_noises_too(ranks_1: ProcessGroup, tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny())
+    assert ranks_1.run(noise_seeds, config, 3) != ranks_1.run(noise_seeds, config, 4)
 
 
 def test_bad_values_are_counted_over_all_ranks(ranks_2: ProcessGroup, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_ranks_with_different_selections_all_refuse(ranks_2: ProcessGroup) -> No
 def test_a_data_parallel_table_that_would_get_a_fused_optimizer_is_refused(
     ranks: ProcessGroup,
 ) -> None:
-    message = "ValueError: .*a table cannot move between data-parallel and other sharding types"
+    message = "ValueError: table .* would move from data_parallel to .*no fused optimizer"
     check_failure(ranks, by_leaving_data_parallel, Case("data_parallel"), message)
 
 

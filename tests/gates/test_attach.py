@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 from torchrec.models.dlrm import DLRM
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_fmp.gates.attach import (
     attach_gates,
@@ -140,3 +140,10 @@ def test_gate_optimizer_steps_gates_alone_and_keeps_them_in_their_bounds() -> No
 def test_gate_optimizer_of_a_model_without_gates_is_refused() -> None:
     with pytest.raises(ValueError, match="no gates: call attach_gates before it is sharded"):
         gate_optimizer(dlrm(), 0.1)
+
+
+def test_a_collection_that_cannot_be_pruned_is_refused_before_training() -> None:
+    tables = [EmbeddingConfig(name="t", embedding_dim=4, num_embeddings=5, feature_names=["s"])]
+    model = nn.ModuleDict({"sequence": EmbeddingCollection(tables=tables)})
+    with pytest.raises(TypeError, match="sequence is a EmbeddingCollection; only"):
+        attach_gates(model, GateConfig())

@@ -193,3 +193,10 @@ def test_a_start_or_bounds_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         GateConfig(**config)  # type: ignore[arg-type]
+
+
+def test_the_reported_gates_are_those_that_evaluation_uses() -> None:
+    gates = FeatureGates(("a", "b"), GateConfig(), name="x").eval()
+    for is_open in (True, False):
+        gates.set_open(is_open)
+        assert torch.equal(gates.values(), gates(0, 4))

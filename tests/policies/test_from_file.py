@@ -45,7 +45,6 @@ def test_a_file_for_another_model_is_refused_and_the_features_named(
         FromFile(path).select(scores(*names))
 
 
-def test_a_missing_file_is_named_when_the_policy_is_applied(tmp_path: Path) -> None:
-    policy = FromFile(str(tmp_path / "absent.json"))
+def test_a_missing_file_is_named_before_the_job_starts(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent.json"):
-        policy.select(scores("a"))
+        FromFile(str(tmp_path / "absent.json"))

@@ -126,3 +126,35 @@ def test_the_fused_optimizer_is_replaced_by_the_new_models() -> None:
     old, new = Gated(), Model(2)
     commit = carry_optimizer(old.fused_optimizer, old, new, CUT_MAP, SOURCES)  # type: ignore[arg-type]
     assert commit() is new.fused_optimizer
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3, bias=False, device=device)
+        self.b = nn.Linear(3, 3, bias=False, device=device)
+        self.b.weight = self.a.weight
+
+
+def fill_tied(columns_of_b: torch.Tensor | None) -> Tied:
+    old, new = Tied(), Tied("meta")
+    shape = torch.Size([3, 3])
+    cuts = {
+        "a.weight": TensorCut("a.weight", shape),
+        "b.weight": TensorCut("b.weight", shape, columns_of_b),
+    }
+    tensors = dict(old.named_parameters(remove_duplicate=False))
+    fill_dense(new, tensors, CutMap(cuts), {name: name for name in cuts})
+    return new
+
+
+def test_layers_that_share_a_parameter_go_on_sharing_it() -> None:
+    new = fill_tied(None)
+    assert new.a.weight is new.b.weight and not new.a.weight.is_meta
+
+
+def test_a_shared_parameter_is_not_cut_for_one_layer_only() -> None:
+    with pytest.raises(ValueError, match="a.weight and b.weight share a parameter"):
+        fill_tied(COLUMNS)

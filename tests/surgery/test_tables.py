@@ -97,3 +97,30 @@ def test_the_fused_optimizer_of_a_parameter_survives() -> None:
     assert smaller.embedding_bags["t_ab"].weight._optimizer_classes == [RowWiseAdagrad]
     assert smaller.embedding_bags["t_ab"].weight._optimizer_kwargs == [{"lr": 0.3}]
     assert not hasattr(smaller.embedding_bags["t_d"].weight, "_optimizer_classes")
+
+
+def served_twice(*features_by_table: tuple[str, ...]) -> EmbeddingBagCollection:
+    tables = [
+        EmbeddingBagConfig(
+            name=f"t{i}", embedding_dim=4, num_embeddings=5, feature_names=list(features)
+        )
+        for i, features in enumerate(features_by_table)
+    ]
+    return EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+
+
+def test_a_feature_of_several_tables_folds_into_all_of_them_or_none() -> None:
+    tables = (("f", "h"), ("f",), ("f", "g"), ("g",), ("i",))
+    cutter = Cutter(select(f=0.8, h=1, g=0.8, i=0.5))
+    _, gates = cut_tables(served_twice(*tables), "ebc", cutter)
+    # t0 cannot fold, so f folds nowhere, so t2 does not, so g folds nowhere.
+    assert gates == {"f": pytest.approx(0.8), "h": 1, "g": pytest.approx(0.8), "i": 1}
+    scales = {name: cut.scale for name, cut in cutter.tensors.items()}
+    assert [name for name, scale in scales.items() if scale is not None] == [weight("t4")]
+
+
+def test_a_feature_of_several_tables_folds_where_all_of_them_can() -> None:
+    cutter = Cutter(select(f=0.8, g=0.8))
+    _, gates = cut_tables(served_twice(("f", "g"), ("f",)), "ebc", cutter)
+    assert gates == {"f": 1, "g": 1}
+    assert all(cut.scale == torch.tensor([0.8]) for cut in cutter.tensors.values())

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
 
 from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
 from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
@@ -34,10 +35,17 @@ def attach_gates(
     Raises:
         ValueError: if there is nothing to gate, a feature would get two gates, or the model has
             gates already.
+        TypeError: if the model has a collection that cannot be pruned.
         AttributeError: if there is no module of a name in `dense`.
     """
     if any(True for _ in feature_gates(model)):
         raise ValueError("the model has gates already")
+    for fqn, module in model.named_modules():
+        if isinstance(module, (EmbeddingCollection, FeatureProcessedEmbeddingBagCollection)):
+            raise TypeError(
+                f"{fqn} is a {type(module).__name__}; only EmbeddingBagCollection can be gated and "
+                "pruned"
+            )
     collections = [
         (fqn, module)
         for fqn, module in model.named_modules()

@@ -159,9 +159,11 @@ class FeatureGates(nn.Module):
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """The test-time gates, (F,) fp32."""
+        """The gates that evaluation uses, (F,) fp32."""
         if self.fixed is not None:
             return self.fixed
+        if self.is_open:
+            return torch.ones_like(self.log_alpha)
         return self.config.distribution.deterministic(self.log_alpha)
 
     def open_probability(self) -> Tensor:

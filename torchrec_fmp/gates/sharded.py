@@ -28,6 +28,7 @@ from torchrec.distributed.types import (
     LazyAwaitable,
     ModuleSharder,
     ParameterSharding,
+    QuantizedCommCodecs,
     ShardingEnv,
     ShardingType,
 )
@@ -186,11 +187,20 @@ class GatedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[GatedEmbeddingBagC
         return ShardedGatedEmbeddingBagCollection
 
 
-def sharders(fused_params: dict[str, Any] | None = None) -> list[ModuleSharder[Any]]:
+def sharders(
+    fused_params: dict[str, Any] | None = None,
+    qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
+) -> list[ModuleSharder[Any]]:
     """Sharders for gated and for plain collections, for `DistributedModelParallel` and the planner.
+
+    A model with modules of other types that TorchRec shards needs their sharders as well, as in
+    `[*sharders(...), EmbeddingTowerSharder()]`.
 
     Args:
         fused_params: of FBGEMM's fused optimizer, as `EmbeddingBagCollectionSharder` takes them.
+        qcomm_codecs_registry: of quantized communication, the same.
     """
-    ebc_sharder = AnyShardingEmbeddingBagCollectionSharder(fused_params=fused_params)
+    ebc_sharder = AnyShardingEmbeddingBagCollectionSharder(
+        fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry
+    )
     return [GatedEmbeddingBagCollectionSharder(ebc_sharder), ebc_sharder]

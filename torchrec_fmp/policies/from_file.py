@@ -11,20 +11,24 @@ class FromFile(Policy):
     """Takes the decisions of a `selection.json`.
 
     Args:
-        path: the file.
+        path: the file, read at once: before a job starts, not when it has pretrained.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not a selection.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._selection = Selection.load(path)
 
     def select(self, scores: FeatureScores) -> Selection:
         """The file's decisions, in the model's order.
 
         Raises:
-            FileNotFoundError: if there is no such file.
             ValueError: if it decides on other features than the model has.
         """
-        selection = Selection.load(self.path)
+        selection = self._selection
         missing = [name for name in scores.scores if name not in selection.features]
         unknown = [name for name in selection.features if name not in scores.scores]
         if missing or unknown:

@@ -22,12 +22,18 @@ def fill_dense(
 ) -> None:
     """Replaces the meta parameters of the smaller model by the cut ones, except the tables'.
 
+    Parameters that were one stay one.
+
     Args:
         model: not yet sharded; changed in place.
         old_tensors: parameters and buffers of the old model by its fqns; a table is not in it.
         cut_map: of `model`.
         sources: fqn in the bare old model -> fqn in the old model.
+
+    Raises:
+        ValueError: if a parameter that several layers share is cut for one of them.
     """
+    made: dict[Tensor, tuple[nn.Parameter, TensorCut]] = {}
     for fqn, tensor_cut in cut_map.tensors.items():
         old = old_tensors.get(sources[tensor_cut.source])
         if old is None:
@@ -36,8 +42,14 @@ def fill_dense(
         module = model.get_submodule(parent)
         value = tensor_cut.apply(old.detach())
         if name in module._parameters:
-            requires_grad = module._parameters[name].requires_grad  # type: ignore[union-attr]
-            module._parameters[name] = nn.Parameter(value, requires_grad=requires_grad)
+            parameter = nn.Parameter(value, requires_grad=old.requires_grad)
+            parameter, first = made.setdefault(old, (parameter, tensor_cut))
+            if (first.shape, first.scale) != (tensor_cut.shape, tensor_cut.scale):
+                raise ValueError(
+                    f"{first.source} and {tensor_cut.source} share a parameter that is cut for one "
+                    "of them only: untie them before pruning"
+                )
+            module._parameters[name] = parameter
         else:
             module._buffers[name] = value
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingType
 
 from torchrec_fmp.reshard.boxes import Shard, shards_of
 from torchrec_fmp.reshard.local_shards import LocalShard, local_shards, sharded_collections
@@ -33,7 +34,7 @@ def reshard_tables(
         cut_map: gives each table's folded gate.
 
     Raises:
-        ValueError: if a table's optimizer states differ between the two.
+        ValueError: if a table would move into or out of data-parallel.
     """
     group = new._env.process_group
     assert group is not None
@@ -42,6 +43,8 @@ def reshard_tables(
         old_collection = old_collections[fqn]
         old_local = _by_table(old_collection)
         new_local = _by_table(new_collection)
+        # Before anything moves, so that every rank refuses alike.
+        _check_kernels(old_collection, new_collection)
         for config in new_collection._embedding_bag_configs:
             table = config.name
             move_table(
@@ -56,6 +59,18 @@ def reshard_tables(
                 for shard in new_local[table]:
                     shard.weight.mul_(scale.to(shard.weight))
         _carry_progress(old_local, new_local, group)
+
+
+def _check_kernels(old: ShardedEmbeddingBagCollection, new: ShardedEmbeddingBagCollection) -> None:
+    data_parallel = ShardingType.DATA_PARALLEL.value
+    for table, sharding in new.module_sharding_plan.items():
+        types = (old.module_sharding_plan[table].sharding_type, sharding.sharding_type)
+        if (types[0] == data_parallel) != (types[1] == data_parallel):
+            raise ValueError(
+                f"table {table} would move from {types[0]} to {types[1]}: data-parallel tables "
+                "have no fused optimizer, so the optimizer state would be lost. Constrain the "
+                "planner to the sharding types that the table has"
+            )
 
 
 def _by_table(collection: ShardedEmbeddingBagCollection) -> dict[str, list[LocalShard]]:

@@ -87,8 +87,8 @@ def _unsharded(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection
 
 def _sources(bare: nn.Module, inner: Mapping[str, str]) -> dict[str, str]:
     sources = {}
-    names = [name for name, _ in bare.named_parameters()]
-    names += [name for name, _ in bare.named_buffers()]
+    names = [name for name, _ in bare.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in bare.named_buffers(remove_duplicate=False)]
     for name in names:
         source = name
         for fqn, attribute in inner.items():
