@@ -56,7 +56,7 @@ def main() -> None:
                     call(
                         *("run", str(ROOT / "configs" / f"{name}.yaml"), "--out", str(out)),
                         *("--data.path", str(prepared), "--seed", str(seed)),
-                        *("--gates.seed", str(seed), *overrides),
+                        *overrides,
                         # The unpruned model is the same for every variant of a seed.
                         *("--reference", "false" if references else "true"),
                     )

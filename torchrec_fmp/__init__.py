@@ -4,7 +4,7 @@ A model goes through::
 
     attach_gates(model, GateConfig())          every feature gets a hard concrete gate
     DistributedModelParallel(model, sharders=sharders(...))
-    loss + penalty(gates, strength)            pretrain on a small part of the data
+    loss + GateSchedule(...).loss_term(step)   pretrain on a small part of the data
     decide(gate_scores(dmp), ClosedGates())    which features go: a Selection, plain JSON
     prune(dmp, optimizer, selection, ...)      the smaller model, weights and state carried over
     ... and training goes on

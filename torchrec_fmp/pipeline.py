@@ -38,6 +38,9 @@ from torchrec_fmp.train import GateSchedule, Progress, train
 
 _logger = logging.getLogger(__name__)
 
+# A prime beyond the seeds that anyone sweeps.
+_SEEDS_APART = 1_000_003
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -165,8 +168,9 @@ class Pipeline:
             }
         )
         plan = self._planner.collective_plan(model, model_sharders, self._ranks.group)
-        # Each rank fills its own shards, which must not be each other's copies.
-        torch.manual_seed(config.seed + (self._ranks.rank << 32))
+        # Each rank fills its own shards, which must not be each other's copies. The CPU generator
+        # reads the seed's lower 32 bits only.
+        torch.manual_seed(config.seed + _SEEDS_APART * self._ranks.rank)
         sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=model_sharders)
         log_alphas = {id(module.log_alpha) for _, module in feature_gates(sharded)}
         dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))

@@ -27,7 +27,7 @@ def attach_gates(
     Args:
         model: not yet sharded; every `EmbeddingBagCollection` in it is wrapped.
         config: of the gates.
-        dense: fqn of a module whose first argument is a dense input (B, F) -> the F column names.
+        dense: fqn of a module whose only argument is a dense input (B, F) -> the F column names.
 
     Returns:
         `model`, for chaining.

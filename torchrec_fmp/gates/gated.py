@@ -147,7 +147,7 @@ class GatedDense(nn.Module):
     """A module that reads dense features, with a gate on each column of its input.
 
     Args:
-        module: the user's module; its first argument is the dense input (B, F).
+        module: the user's module; its only argument is the dense input (B, F).
         gates: one gate for each column, in order.
     """
 

@@ -1,4 +1,7 @@
-"""Moves tables from rank to rank, box by box; no rank ever holds more than its own shards."""
+"""Moves tables from rank to rank, box by box.
+
+A rank holds its old and its new shards and, of one table at a time, what it sends and receives.
+"""
 
 from __future__ import annotations
 
