@@ -24,8 +24,8 @@ class GateConfig:
         log_alpha_bounds: `log_alpha` stays between the two. A gate beyond the upper one hardly
             feels the penalty any more, and one below the lower could not come back.
         sampling: `example` draws one gate value for each example and feature, `batch` one for each
-            feature. Per example finds the truth more often, per batch is cheaper
-            (docs/experiments.md).
+            feature. Both find the planted truth about equally often; per batch is cheaper
+            (docs/experiments.md, docs/benchmarks.md).
         centered: judge a feature by how its embedding varies over the batch. A feature without
             signal is soon used as a constant that other features' dot products are read with;
             its embedding's mean then makes the exact gradient keep the gate open. Centering leaves
