@@ -15,6 +15,12 @@ from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.surgery.parity import evaluation
 
 
+# Below the 32,768 elements from which torch copies in parallel. Gloo copies in a thread of its own,
+# whose OpenMP team would stay: with more such threads than cores OpenMP stops spinning, and from
+# then on FBGEMM's backward pass of small batches takes ten times as long.
+_GATHERED_AT_ONCE = 16_384
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Of the predictions for a split.
@@ -93,5 +99,7 @@ def _gather(values: Tensor, ranks: Ranks) -> Tensor:
     padded = torch.zeros(longest, device=ranks.device)
     padded[: values.numel()] = values.to(ranks.device)
     parts = [torch.zeros_like(padded) for _ in range(ranks.world_size)]
-    dist.all_gather(parts, padded, group=ranks.group)
+    for start in range(0, longest, _GATHERED_AT_ONCE):
+        chunk = slice(start, start + _GATHERED_AT_ONCE)
+        dist.all_gather([part[chunk] for part in parts], padded[chunk], group=ranks.group)
     return torch.cat([p[: int(c)] for p, c in zip(parts, counts, strict=True)]).cpu()

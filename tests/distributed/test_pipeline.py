@@ -24,7 +24,7 @@ from tests.distributed.process_group import ProcessGroup
 from tests.tiny_run import tiny, write_config
 from torchrec_fmp.config import load_config
 from torchrec_fmp.gates.attach import feature_gates
-from torchrec_fmp.metrics import Metrics, evaluate
+from torchrec_fmp.metrics import Metrics, _gather, evaluate
 from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.reshard.local_shards import local_shards, sharded_collections
@@ -235,3 +235,16 @@ def one_empty_rank() -> Metrics:
 
 def test_a_rank_with_nothing_but_padding_adds_nothing(ranks_2: ProcessGroup) -> None:
     assert [metrics.auc for metrics in ranks_2.run(one_empty_rank)] == [1.0, 1.0]
+
+
+def gathered() -> Tensor:
+    rank = this_rank()
+    return _gather(torch.arange(40_000 + 10_000 * rank.rank).float() + rank.rank, rank)
+
+
+def test_every_prediction_is_gathered_once_and_in_order_whatever_each_rank_has(
+    ranks_2: ProcessGroup,
+) -> None:
+    expected = torch.cat([torch.arange(40_000).float(), torch.arange(50_000).float() + 1])
+    for values in ranks_2.run(gathered):
+        assert torch.equal(values, expected)
