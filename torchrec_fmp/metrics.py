@@ -14,7 +14,6 @@ from torchrec.datasets.utils import Batch
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.surgery.parity import evaluation
 
-
 # Below the 32,768 elements from which torch copies in parallel. Gloo copies in a thread of its own,
 # whose OpenMP team would stay: with more such threads than cores OpenMP stops spinning, and from
 # then on FBGEMM's backward pass of small batches takes ten times as long.
