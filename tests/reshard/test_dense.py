@@ -138,11 +138,11 @@ class Tied(nn.Module):
         self.b.weight = self.a.weight
 
 
-def fill_tied(columns_of_b: torch.Tensor | None) -> Tied:
+def fill_tied(columns_of_b: torch.Tensor | None, columns_of_a: torch.Tensor | None = None) -> Tied:
     old, new = Tied(), Tied("meta")
     shape = torch.Size([3, 3])
     cuts = {
-        "a.weight": TensorCut("a.weight", shape),
+        "a.weight": TensorCut("a.weight", shape, columns_of_a),
         "b.weight": TensorCut("b.weight", shape, columns_of_b),
     }
     tensors = dict(old.named_parameters(remove_duplicate=False))
@@ -158,3 +158,8 @@ def test_layers_that_share_a_parameter_go_on_sharing_it() -> None:
 def test_a_shared_parameter_is_not_cut_for_one_layer_only() -> None:
     with pytest.raises(ValueError, match="a.weight and b.weight share a parameter"):
         fill_tied(COLUMNS)
+
+
+def test_a_shared_parameter_is_not_cut_differently_to_the_same_shape() -> None:
+    with pytest.raises(ValueError, match="a.weight and b.weight share a parameter"):
+        fill_tied(COLUMNS, torch.tensor([1, 2]))

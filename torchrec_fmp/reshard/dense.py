@@ -31,7 +31,7 @@ def fill_dense(
         sources: fqn in the bare old model -> fqn in the old model.
 
     Raises:
-        ValueError: if a parameter that several layers share is cut for one of them.
+        ValueError: if a parameter that several layers share is cut for any of them.
     """
     made: dict[Tensor, tuple[nn.Parameter, TensorCut]] = {}
     for fqn, tensor_cut in cut_map.tensors.items():
@@ -44,10 +44,10 @@ def fill_dense(
         if name in module._parameters:
             parameter = nn.Parameter(value, requires_grad=old.requires_grad)
             parameter, first = made.setdefault(old, (parameter, tensor_cut))
-            if (first.shape, first.scale) != (tensor_cut.shape, tensor_cut.scale):
+            if first is not tensor_cut and not (first.is_whole and tensor_cut.is_whole):
                 raise ValueError(
-                    f"{first.source} and {tensor_cut.source} share a parameter that is cut for one "
-                    "of them only: untie them before pruning"
+                    f"{first.source} and {tensor_cut.source} share a parameter that is cut: "
+                    "untie them before pruning"
                 )
             module._parameters[name] = parameter
         else:

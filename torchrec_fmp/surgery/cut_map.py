@@ -36,6 +36,11 @@ class TensorCut:
             return self.source_shape
         return torch.Size([*self.source_shape[:-1], len(self.columns)])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the new tensor is the old one, neither cut nor scaled."""
+        return self.columns is None and self.scale is None
+
     def apply(self, tensor: Tensor) -> Tensor:
         """The new parameter or buffer: a new tensor of `shape`.
 
