@@ -30,6 +30,7 @@ from tests.distributed.process_group import ProcessGroup
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
+from torchrec_fmp.gates.step_counter import StepCounter
 
 
 def trained_gates(case: Case) -> tuple[Tensors, Tensors, Tensors]:
@@ -37,7 +38,8 @@ def trained_gates(case: Case) -> tuple[Tensors, Tensors, Tensors]:
     dmp = shard(case, build_model(case))
     run_steps(dmp, optimizers(dmp), list(batches(case)))
     gates = dict(feature_gates(dmp))
-    assert [module.step.item() for module in gates.values()] == [STEPS, STEPS]
+    counters = [m for m in dmp.modules() if isinstance(m, StepCounter)]
+    assert [steps.value for steps in counters] == [STEPS, STEPS]
     log_alphas = {fqn: module.log_alpha.detach().clone() for fqn, module in gates.items()}
     noise = {fqn: module(STEPS, BATCH_SIZE).detach() for fqn, module in gates.items()}
     return log_alphas, noise, local(dmp.state_dict())
@@ -127,7 +129,7 @@ def resumed(case: Case) -> tuple[Tensors, Tensors]:
 
 def test_state_dict_carries_gates_and_their_step_to_another_model(ranks: ProcessGroup) -> None:
     for straight, continued in ranks.run(resumed, Case("mixed")):
-        assert {f"{EBC}.gates.log_alpha", f"{EBC}.gates.step"} <= straight.keys()
+        assert {f"{EBC}.gates.log_alpha", f"{EBC}.step._extra_state"} <= straight.keys()
         assert continued.keys() == straight.keys()
         # Weights and the fused state move with TorchRec's own state dicts.
         for name, tensor in straight.items():
@@ -180,6 +182,6 @@ def test_torchrecs_pipelines_end_bit_equal_to_a_plain_loop(
         ranks.run(state_after, by_loop, case), ranks.run(state_after, pipeline, case), strict=True
     ):
         assert expected.keys() == computed.keys()
-        assert expected[f"{EBC}.gates.step"].item() == 5
+        assert expected[f"{EBC}.step._extra_state"].item() == 5
         for name, tensor in expected.items():
             assert torch.equal(computed[name], tensor), name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,6 +10,9 @@ from torch import nn
 from torchrec.models.dlrm import DLRM
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.feature_processor_ import PositionWeightedModuleCollection
+from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_fmp.gates.attach import (
     attach_gates,
@@ -18,7 +21,12 @@ from torchrec_fmp.gates.attach import (
     gate_optimizer,
 )
 from torchrec_fmp.gates.feature_gates import GateConfig
-from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
+from torchrec_fmp.gates.gated import (
+    GatedDense,
+    GatedEmbeddingBagCollection,
+    GatedEmbeddingCollection,
+)
+from torchrec_fmp.gates.hard_concrete import HardConcrete
 
 EBC = "sparse_arch.embedding_bag_collection"
 
@@ -68,7 +76,7 @@ def test_parameters_other_than_gates_stay_the_same_objects() -> None:
 
 
 def test_a_model_without_a_collection_is_refused() -> None:
-    with pytest.raises(ValueError, match="no EmbeddingBagCollection .* nothing to gate"):
+    with pytest.raises(ValueError, match="no EmbeddingBagCollection or .* nothing to gate"):
         attach_gates(nn.ModuleDict({"dense": nn.Linear(2, 2)}), GateConfig())
 
 
@@ -84,10 +92,81 @@ def test_gates_are_attached_only_once() -> None:
         attach_gates(model, GateConfig())
 
 
-def test_a_feature_of_two_collections_is_refused_and_both_are_named() -> None:
-    model = nn.ModuleDict({"first": collection(["a", "b"]), "second": collection(["b"])})
-    with pytest.raises(ValueError, match=r"\{'b': \['first', 'second'\]\}; give each its own"):
-        attach_gates(model, GateConfig())
+def sequence_collection(*features: str) -> EmbeddingCollection:
+    tables = [
+        EmbeddingConfig(
+            name=f"t_{feature}", embedding_dim=4, num_embeddings=10, feature_names=[feature]
+        )
+        for feature in features
+    ]
+    return EmbeddingCollection(tables=tables)
+
+
+def test_collections_that_overlap_share_gates_also_through_a_third_one() -> None:
+    model = nn.ModuleDict(
+        {
+            "wide": collection(["a", "b"]),
+            "alone": collection(["x"]),
+            "sequence": sequence_collection("c", "d"),
+            "deep": collection(["b"], ["c"]),
+        }
+    )
+    attach_gates(model)
+    names = ["wide", "sequence", "deep"]
+    assert len({id(model[name].gates) for name in names}) == 1
+    assert dict(feature_gates(model)).keys() == {"wide.gates", "alone.gates"}
+    assert dict(feature_gates(model))["wide.gates"].features == ("a", "b", "c", "d")
+    assert embedding_features(model) == {
+        "wide": ("a", "b"),
+        "alone": ("x",),
+        "sequence": ("c", "d"),
+        "deep": ("b", "c"),
+    }
+    log_alphas = [name for name, _ in model.named_parameters() if name.endswith("log_alpha")]
+    assert log_alphas == ["wide.gates.log_alpha", "alone.gates.log_alpha"]
+    (group,) = gate_optimizer(model, 0.1).param_groups
+    assert len(group["params"]) == 2
+
+
+def test_a_shared_feature_has_the_same_noise_in_all_its_readers_and_sums_their_gradients() -> None:
+    model = nn.ModuleDict({"wide": collection(["a", "b"]), "deep": collection(["c"], ["b"])})
+    attach_gates(model, GateConfig(distribution=HardConcrete(temperature=10.0)))
+    features = KeyedJaggedTensor(
+        keys=["a", "b", "c"], values=torch.arange(6), lengths=torch.ones(6, dtype=torch.int64)
+    )
+    ((_, gates),) = feature_gates(model)
+    for step in range(2):
+        gates.log_alpha.grad = None
+        sums, column = [], gates.features.index("b")
+        for name in ("wide", "deep"):
+            plain = model[name].collection(features)["b"].detach()
+            gated = model[name](features)["b"]
+            gate = gates(step, 2)[:, column : column + 1]
+            torch.testing.assert_close(gated, plain * gate)
+            (grad,) = torch.autograd.grad(gated.sum(), gates.log_alpha, retain_graph=True)
+            sums.append(grad)
+            gated.sum().backward()
+        torch.testing.assert_close(gates.log_alpha.grad, sums[0] + sums[1])
+        assert (gates.log_alpha.grad[column] != sums[0][column]).all()
+
+
+def test_collections_of_both_kinds_are_gated_in_place() -> None:
+    model = nn.ModuleDict({"ebc": collection(["a"]), "ec": sequence_collection("s")})
+    attach_gates(model)
+    assert type(model["ebc"]) is GatedEmbeddingBagCollection
+    assert type(model["ec"]) is GatedEmbeddingCollection
+    assert embedding_features(model) == {"ebc": ("a",), "ec": ("s",)}
+
+
+def test_a_collection_that_is_read_in_two_places_is_gated_in_both() -> None:
+    shared = collection(["a"])
+    first, second = nn.Module(), nn.Module()
+    first.ebc = second.ebc = shared
+    model = nn.ModuleList([first, second])
+    attach_gates(model)
+    assert first.ebc is second.ebc
+    assert type(first.ebc) is GatedEmbeddingBagCollection
+    assert first.ebc.collection is shared
 
 
 def test_a_dense_column_with_the_name_of_a_sparse_feature_is_refused() -> None:
@@ -108,6 +187,9 @@ def test_an_unknown_dense_module_is_refused() -> None:
 def test_a_model_that_is_itself_the_collection_is_refused() -> None:
     with pytest.raises(ValueError, match="wrap it in a module first"):
         attach_gates(collection(["a"]), GateConfig())
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="wrap it in a module first"):
+        attach_gates(model, dense={"": ["x", "y"]})
 
 
 @pytest.mark.parametrize(
@@ -142,8 +224,29 @@ def test_gate_optimizer_of_a_model_without_gates_is_refused() -> None:
         gate_optimizer(dlrm(), 0.1)
 
 
-def test_a_collection_that_cannot_be_pruned_is_refused_before_training() -> None:
-    tables = [EmbeddingConfig(name="t", embedding_dim=4, num_embeddings=5, feature_names=["s"])]
-    model = nn.ModuleDict({"sequence": EmbeddingCollection(tables=tables)})
-    with pytest.raises(TypeError, match="sequence is a EmbeddingCollection; only"):
-        attach_gates(model, GateConfig())
+class OtherCollection(EmbeddingBagCollection):
+    """A subclass, which may compute something else."""
+
+
+def weighted() -> EmbeddingBagCollection:
+    tables = [EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=5, feature_names=["a"])]
+    return EmbeddingBagCollection(tables=tables, is_weighted=True)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FeatureProcessedEmbeddingBagCollection(
+            weighted(), PositionWeightedModuleCollection({"a": 3})
+        ),
+        lambda: OtherCollection(tables=weighted().embedding_bag_configs()),
+    ],
+    ids=["feature-processed", "subclass"],
+)
+def test_a_collection_that_cannot_be_pruned_is_refused_before_training(
+    build: Callable[[], nn.Module],
+) -> None:
+    model = nn.ModuleDict({"other": build()})
+    kind = type(model["other"]).__name__
+    with pytest.raises(TypeError, match=f"other is a {kind}; only .* can be gated and pruned"):
+        attach_gates(model)

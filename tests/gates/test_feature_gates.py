@@ -118,38 +118,25 @@ def test_a_selection_without_one_of_the_features_is_refused() -> None:
         build().fix({"a": 1.0, "b": 0.0})
 
 
-def test_evaluation_is_deterministic_and_counts_no_step() -> None:
+def test_evaluation_is_deterministic() -> None:
     gates = build().eval()
     with torch.no_grad():
         gates.log_alpha.copy_(torch.tensor([-3.0, 0.5, 3.0]))
-    z = [gates(gates.next_step(), BATCH_SIZE) for _ in range(3)]
-    assert gates.step.item() == 0
+    z = [gates(step, BATCH_SIZE) for step in range(3)]
     assert all(torch.equal(gates.values(), each) for each in z)
     assert torch.equal(gates.values(), gates.config.distribution.deterministic(gates.log_alpha))
     assert gates.values()[[0, 2]].tolist() == [0.0, 1.0]
     assert not gates.values().requires_grad
 
 
-def test_training_steps_are_counted_from_0() -> None:
-    gates = build()
-    assert [gates.next_step() for _ in range(3)] == [0, 1, 2]
-    assert gates.eval().next_step() == 3
-    assert gates.train().next_step() == 3
-
-
-def test_resumed_gates_continue_with_the_same_parameters_and_noise() -> None:
+def test_resumed_gates_have_the_same_parameters_and_noise() -> None:
     first = build()
-    for _ in range(7):
-        first.next_step()
     with torch.no_grad():
         first.log_alpha.copy_(torch.tensor([0.1, -0.2, 0.3]))
     resumed = build()
     resumed.load_state_dict(first.state_dict())
-    assert set(first.state_dict()) == {"log_alpha", "step"}
-    assert torch.equal(
-        resumed(resumed.next_step(), BATCH_SIZE), first(first.next_step(), BATCH_SIZE)
-    )
-    assert resumed.step.item() == 8
+    assert set(first.state_dict()) == {"log_alpha"}
+    assert torch.equal(resumed(7, BATCH_SIZE), first(7, BATCH_SIZE))
 
 
 def test_clamp_brings_log_alpha_back_into_its_bounds_and_no_further() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tests.surgery.gated_model import BOTTOM, EBC, gated_model, plain_model
 from tests.surgery.selections import select
@@ -66,9 +70,55 @@ def test_features_the_model_does_not_have_are_refused() -> None:
         cut(blueprint(gated_model()), select(a=0, nobody=0, w=1))
 
 
-def test_a_collection_that_would_be_empty_is_refused() -> None:
-    with pytest.raises(ValueError, match=f"every feature of {EBC} is dropped"):
-        cut(blueprint(gated_model()), select(a=0, b=0, c=0, d=0))
+def test_a_collection_whose_features_all_go_leaves_no_trace() -> None:
+    smaller = cut(blueprint(gated_model()), select(a=0, b=0, c=0, d=0, x=0))
+    assert table_bytes(smaller.model) == 0
+    assert not any(isinstance(m, EmbeddingBagCollection) for m in smaller.model.modules())
+    assert not any("torchrec_fmp" in type(m).__module__ for m in smaller.model.modules())
+    assert not any(EBC in fqn for fqn in smaller.cut_map.tensors)
+    again = cut(blueprint(smaller.model), select())
+    assert described(again.model) == described(smaller.model)
+
+
+class SequenceMean(nn.Module):
+    """Reads a sequence feature, without a cut rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            EmbeddingConfig(
+                name=f"t_{feature}", embedding_dim=4, num_embeddings=5, feature_names=[feature]
+            )
+            for feature in "st"
+        ]
+        self.ec = EmbeddingCollection(tables=tables)
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        return torch.cat([jagged.values() for jagged in self.ec(features).values()])
+
+
+def test_sequence_features_fold_without_a_rule_and_are_not_dropped_without_one() -> None:
+    model = nn.ModuleDict({"history": SequenceMean()})
+    attach_gates(model)
+    taken = blueprint(model)
+    smaller = cut(taken, select(s=0.5, t=1))
+    assert smaller.cut_map.tensors["history.ec.embeddings.t_s.weight"].scale == 0.5
+    assert smaller.cut_map.tensors["history.ec.embeddings.t_t.weight"].is_whole
+    with pytest.raises(TypeError, match=r"history is a SequenceMean that reads .* \['s'\]"):
+        cut(taken, select(s=0, t=1))
+    with pytest.raises(ValueError, match=r"does not have: \['u'\]"):
+        cut(taken, select(u=0))
+
+
+def test_a_collection_that_is_read_in_two_places_stays_one() -> None:
+    first, second = SequenceMean(), SequenceMean()
+    second.ec = first.ec
+    model = nn.ModuleDict({"first": first, "second": second})
+    attach_gates(model)
+    assert first.ec is second.ec
+    smaller = cut(blueprint(model), select(s=0.5, t=1)).model
+    assert smaller.get_submodule("first.ec") is smaller.get_submodule("second.ec")
+    assert table_bytes(smaller) == table_bytes(blueprint(model).model) == 2 * 5 * 4 * 4
 
 
 def test_what_apply_optimizer_in_backward_has_set_is_kept() -> None:

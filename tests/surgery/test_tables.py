@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
@@ -84,9 +84,42 @@ def test_gates_fold_into_the_rows_where_the_kept_features_agree(
     assert (None if folded is None else folded.tolist()) == (None if scale is None else [scale])
 
 
-def test_a_collection_is_never_emptied() -> None:
-    with pytest.raises(ValueError, match="every feature of ebc is dropped, at least one must stay"):
-        cut_tables(collection(), "ebc", Cutter(select(a=0, b=0, c=0, d=0)))
+def test_a_collection_without_a_kept_feature_is_gone() -> None:
+    cutter = Cutter(select(a=0, b=0, c=0, d=0))
+    assert cut_tables(collection(), "ebc", cutter) == (None, {})
+    assert cutter.tensors == {}
+
+
+def sequences() -> EmbeddingCollection:
+    tables = [
+        EmbeddingConfig(name=name, embedding_dim=4, num_embeddings=5, feature_names=list(features))
+        for name, features in TABLES.items()
+    ]
+    return EmbeddingCollection(
+        tables=tables,
+        device=torch.device("meta"),
+        need_indices=True,
+        use_gather_select=True,
+        use_gather_select_per_sharding={"row_wise": False},
+    )
+
+
+def test_a_collection_of_sequences_shrinks_and_folds_alike() -> None:
+    old = sequences()
+    apply_optimizer_in_backward(RowWiseAdagrad, [old.embeddings["t_ab"].weight], {"lr": 0.3})
+    cutter = Cutter(select(a=0, b=0.5, c=0))
+    smaller, gates = cut_tables(old, "ec", cutter)
+    assert type(smaller) is EmbeddingCollection
+    assert [config.feature_names for config in smaller.embedding_configs()] == [["b"], ["d"]]
+    assert gates == {"b": 1, "d": 1}
+    assert {name: cut.scale for name, cut in cutter.tensors.items()} == {
+        "ec.embeddings.t_ab.weight": torch.tensor([0.5]),
+        "ec.embeddings.t_d.weight": None,
+    }
+    assert smaller.need_indices() and smaller.use_gather_select()
+    assert smaller.use_gather_select_per_sharding() == {"row_wise": False}
+    assert smaller.embeddings["t_ab"].weight._optimizer_classes == [RowWiseAdagrad]
+    assert all(parameter.is_meta for parameter in smaller.parameters())
 
 
 def test_the_fused_optimizer_of_a_parameter_survives() -> None:

@@ -8,25 +8,56 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollection,
+    EmbeddingCollectionInterface,
+)
 from torchrec.modules.fp_embedding_modules import FeatureProcessedEmbeddingBagCollection
+from torchrec.modules.itep_embedding_modules import (
+    ITEPEmbeddingBagCollection,
+    ITEPEmbeddingCollection,
+)
+from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
+from torchrec_fmp.gates.collections import feature_names, table_configs
 from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
-from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
-from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
+from torchrec_fmp.gates.gated import (
+    GatedCollection,
+    GatedDense,
+    GatedEmbeddingBagCollection,
+    GatedEmbeddingCollection,
+)
+from torchrec_fmp.gates.sharded import ShardedGatedCollection
+
+_GATED: dict[type[nn.Module], type[GatedCollection]] = {
+    EmbeddingBagCollection: GatedEmbeddingBagCollection,
+    EmbeddingCollection: GatedEmbeddingCollection,
+}
+_OTHER_COLLECTIONS = (
+    EmbeddingBagCollectionInterface,
+    EmbeddingCollectionInterface,
+    FeatureProcessedEmbeddingBagCollection,
+    ITEPEmbeddingBagCollection,
+    ITEPEmbeddingCollection,
+    BaseManagedCollisionEmbeddingCollection,
+)
 
 
 def attach_gates(
     model: nn.Module,
-    config: GateConfig,
+    config: GateConfig | None = None,
     dense: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
     """Gives every feature of the model a gate, in place.
 
+    A feature that several collections read has one gate for all of them.
+
     Args:
-        model: not yet sharded; every `EmbeddingBagCollection` in it is wrapped.
-        config: of the gates.
+        model: not yet sharded; every `EmbeddingBagCollection` and `EmbeddingCollection` in it is
+            wrapped, wherever it is read.
+        config: of the gates; the default is `GateConfig()`.
         dense: fqn of a module whose only argument is a dense input (B, F) -> the F column names.
 
     Returns:
@@ -38,37 +69,38 @@ def attach_gates(
         TypeError: if the model has a collection that cannot be pruned.
         AttributeError: if there is no module of a name in `dense`.
     """
+    config = config or GateConfig()
     if any(True for _ in feature_gates(model)):
         raise ValueError("the model has gates already")
-    for fqn, module in model.named_modules():
-        if isinstance(module, (EmbeddingCollection, FeatureProcessedEmbeddingBagCollection)):
-            raise TypeError(
-                f"{fqn} is a {type(module).__name__}; only EmbeddingBagCollection can be gated and "
-                "pruned"
-            )
-    collections = [
-        (fqn, module)
-        for fqn, module in model.named_modules()
-        if type(module) is EmbeddingBagCollection
-    ]
-    dense_modules = [
-        (fqn, model.get_submodule(fqn), tuple(names)) for fqn, names in (dense or {}).items()
-    ]
-    _check_names(
-        {fqn: _features(module.embedding_bag_configs()) for fqn, module in collections}
-        | {fqn: names for fqn, _, names in dense_modules}
-    )
-    for fqn, collection in collections:
-        features = _features(collection.embedding_bag_configs())
-        gates = FeatureGates(features, config, name=fqn)
-        _replace(model, fqn, GatedEmbeddingBagCollection(collection, gates))
-    for fqn, module, names in dense_modules:
+    collections = _collections(model)
+    features = {
+        fqn: feature_names(table_configs(collection)) for fqn, collection in collections.items()
+    }
+    dense_modules = {
+        fqn: (model.get_submodule(fqn), tuple(names)) for fqn, names in (dense or {}).items()
+    }
+    _check_names(features, {fqn: names for fqn, (_, names) in dense_modules.items()})
+    gated: dict[int, nn.Module] = {}
+    for group in _groups(features):
+        union = dict.fromkeys(name for fqn in group for name in features[fqn])
+        gates = FeatureGates(tuple(union), config, name=group[0])
+        for fqn in group:
+            collection = collections[fqn]
+            gated[id(collection)] = _GATED[type(collection)](collection, gates)
+    # Once more, now with the places where a module is used again.
+    for fqn, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in gated:
+            _replace(model, fqn, gated[id(module)])
+    for fqn, (module, names) in dense_modules.items():
         _replace(model, fqn, GatedDense(module, FeatureGates(names, config, name=fqn)))
     return model
 
 
 def feature_gates(model: nn.Module) -> Iterator[tuple[str, FeatureGates]]:
-    """(fqn, gates) of every gated module, sharded or not, in the model's order."""
+    """(fqn, gates) of every gated module, sharded or not, in the model's order.
+
+    Gates that several collections share come once, under the first one's fqn.
+    """
     for fqn, module in get_unwrapped_module(model).named_modules():
         if isinstance(module, FeatureGates):
             yield fqn, module
@@ -77,9 +109,9 @@ def feature_gates(model: nn.Module) -> Iterator[tuple[str, FeatureGates]]:
 def embedding_features(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Fqn of every gated embedding collection, sharded or not -> its features."""
     return {
-        fqn: module.gates.features
+        fqn: module.features
         for fqn, module in get_unwrapped_module(model).named_modules()
-        if isinstance(module, (GatedEmbeddingBagCollection, ShardedGatedEmbeddingBagCollection))
+        if isinstance(module, (GatedCollection, ShardedGatedCollection))
     }
 
 
@@ -103,26 +135,46 @@ def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
     return optimizer
 
 
-def _features(configs: Sequence[EmbeddingBagConfig]) -> tuple[str, ...]:
-    """Features of the tables in order, one that several tables serve once."""
-    return tuple(dict.fromkeys(feature for config in configs for feature in config.feature_names))
+def _collections(model: nn.Module) -> dict[str, nn.Module]:
+    """The collections to gate by fqn, each once."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, _OTHER_COLLECTIONS) and type(module) not in _GATED:
+            raise TypeError(
+                f"{fqn or 'the model'} is a {type(module).__name__}; only EmbeddingBagCollection "
+                "and EmbeddingCollection can be gated and pruned"
+            )
+    return {fqn: module for fqn, module in model.named_modules() if type(module) in _GATED}
 
 
-def _check_names(features_by_fqn: Mapping[str, Sequence[str]]) -> None:
-    if not features_by_fqn:
+def _groups(features: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Fqns of the collections, those together that share a feature, also through a third one."""
+    groups: list[list[str]] = []
+    for fqn, names in features.items():
+        joined = [g for g in groups if any(set(names) & set(features[other]) for other in g)]
+        groups = [group for group in groups if group not in joined]
+        groups.append([other for group in joined for other in group] + [fqn])
+    return groups
+
+
+def _check_names(
+    features: Mapping[str, Sequence[str]], columns: Mapping[str, Sequence[str]]
+) -> None:
+    if not features and not columns:
         raise ValueError(
-            "the model has no EmbeddingBagCollection and no dense module was named: "
-            "there is nothing to gate. Attach gates before the model is sharded"
+            "the model has no EmbeddingBagCollection or EmbeddingCollection and no dense module "
+            "was named: there is nothing to gate. Attach gates before the model is sharded"
         )
-    count = Counter(name for names in features_by_fqn.values() for name in names)
+    if "" in features or "" in columns:
+        raise ValueError("the model is itself what would be gated; wrap it in a module first")
+    count = Counter(name for names in columns.values() for name in names)
+    count.update({name for names in features.values() for name in names})
     repeated = sorted(name for name, times in count.items() if times > 1)
     if repeated:
-        places = {name: [f for f, ns in features_by_fqn.items() if name in ns] for name in repeated}
+        readers = {**features, **columns}
+        places = {name: [f for f, names in readers.items() if name in names] for name in repeated}
         raise ValueError(f"features with more than one gate: {places}; give each its own name")
 
 
 def _replace(model: nn.Module, fqn: str, module: nn.Module) -> None:
     parent, _, name = fqn.rpartition(".")
-    if not name:
-        raise ValueError("the model is itself what would be gated; wrap it in a module first")
     setattr(model.get_submodule(parent), name, module)

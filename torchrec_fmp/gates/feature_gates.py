@@ -92,9 +92,7 @@ class FeatureGates(nn.Module):
             torch.empty(len(self.features), dtype=torch.float32, device=device)
         )
         self.register_buffer("fixed", None, persistent=False)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=device))
         self.fixed: Tensor | None
-        self.step: Tensor
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,18 +124,11 @@ class FeatureGates(nn.Module):
             )
         )
 
-    def next_step(self) -> int:
-        """The step whose noise the coming training forward uses; counts up in training."""
-        step = int(self.step.item())
-        if self.training:
-            self.step += 1
-        return step
-
     def forward(self, step: int, batch_size: int) -> Tensor:
         """Gate values.
 
         Args:
-            step: number of the training step, the noise's key; see `next_step`.
+            step: number of the training step, the noise's key; see `StepCounter`.
             batch_size: number of examples on this rank.
 
         Returns:

@@ -1,111 +1,68 @@
-"""Modules that multiply features by their gates: pooled embeddings and dense inputs."""
+"""Modules that gate features: those of embedding collections, and columns of dense inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from torchrec_fmp.gates.collections import Collection, feature_names, table_configs
 from torchrec_fmp.gates.feature_gates import FeatureGates
-
-# Shapes: B examples, K keys (a feature that two tables serve has two keys), D dimension of a key,
-# W = sum of the keys' dimensions.
-
-# Of W = 1,664 floats (26 keys of 64) each, 256 rows are 1.7 MB.
-_CPU_CHUNK_ROWS = 256
+from torchrec_fmp.gates.scale import Scale, scale_keys, scale_sequences
+from torchrec_fmp.gates.step_counter import StepCounter
 
 
-class _Scale(torch.autograd.Function):
-    """values_BW with the columns of key k multiplied by gate k.
+class GatedCollection(nn.Module):
+    """A collection whose features each have a gate behind the lookup.
 
-    The forward and the gradient of the values are the product's. The gradient of the gates is, if
-    `centered`, that of the values' deviation from their mean over the batch. See `GateConfig`.
-
-    The backward pass goes through the batch in chunks that fit into a CPU core's cache; autograd's
-    own would write and read (B, W) intermediates, which costs four times as much.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, values_BW: Tensor, gates: Tensor, lengths: Sequence[int], centered: bool
-    ) -> Tensor:
-        ctx.save_for_backward(values_BW, gates)
-        ctx.lengths = lengths
-        ctx.centered = centered
-        return _multiply(values_BW, gates, lengths, torch.empty_like(values_BW))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (grad_BW,) = grads
-        values_BW, gates = ctx.saved_tensors
-        grad_values = torch.empty_like(grad_BW)
-        # Not mean(): of an empty batch, which a rank may get, that is NaN.
-        mean_W = values_BW.sum(0) / max(len(values_BW), 1) if ctx.centered else 0
-        rows = _CPU_CHUNK_ROWS if grad_BW.is_cpu else max(len(grad_BW), 1)
-        dots_BK = []
-        for start in range(0, max(len(grad_BW), 1), rows):
-            chunk = slice(start, start + rows)
-            gates_of_chunk = gates if gates.dim() == 1 else gates[chunk]
-            _multiply(grad_BW[chunk], gates_of_chunk, ctx.lengths, grad_values[chunk])
-            dots_BK.append(_dot_per_key(grad_BW[chunk], values_BW[chunk] - mean_W, ctx.lengths))
-        grad_gates = torch.cat(dots_BK)
-        return grad_values, grad_gates.sum(0) if gates.dim() == 1 else grad_gates, None, None
-
-
-def _multiply(values_BW: Tensor, gates: Tensor, lengths: Sequence[int], out: Tensor) -> Tensor:
-    """`out`, filled with each key's columns times its gate; gates are (K,) or (B, K)."""
-    if len(set(lengths)) == 1:
-        shape = (len(values_BW), len(lengths), lengths[0])
-        torch.mul(values_BW.reshape(shape), gates.unsqueeze(-1), out=out.view(shape))
-        return out
-    repeats = torch.tensor(lengths, device=gates.device)
-    columns = gates.repeat_interleave(repeats, dim=-1, output_size=sum(lengths))
-    return torch.mul(values_BW, columns, out=out)
-
-
-def _dot_per_key(left_BW: Tensor, right_BW: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Dot products over each key's columns, (B, K)."""
-    if len(set(lengths)) == 1:
-        shape = (len(left_BW), len(lengths), lengths[0])
-        return torch.linalg.vecdot(left_BW.reshape(shape), right_BW.reshape(shape))
-    pairs = zip(left_BW.split(list(lengths), 1), right_BW.split(list(lengths), 1), strict=True)
-    return torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=1)
-
-
-def scale_keys(
-    embeddings: KeyedTensor, features: Sequence[str], gates: Tensor, centered: bool
-) -> KeyedTensor:
-    """Multiplies each key's pooled embedding by its feature's gate.
+    Collections that read the same features share one `FeatureGates`, with gates for the features of
+    all of them. Each counts its own steps: as all run once in a training step, a feature's noise is
+    the same in all of them, in whatever order a pipeline runs ahead.
 
     Args:
-        embeddings: K keys with values (B, W); a feature that several tables serve has the keys
-            `feature@table`, which share its gate.
-        features: the names that `gates` has values for.
-        gates: (F,) or (B, F) fp32.
-        centered: see `GateConfig`.
-
-    Returns:
-        A KeyedTensor with the same keys, values (B, W) in the dtype of `embeddings`.
+        collection: the user's.
+        gates: one gate for each of its features, at least.
     """
-    keys = embeddings.keys()
-    names = [key.split("@")[0] for key in keys]
-    if names != list(features):
-        position = {feature: index for index, feature in enumerate(features)}
-        index = torch.tensor([position[name] for name in names], device=gates.device)
-        gates = gates.index_select(-1, index)
-    values = embeddings.values()
-    lengths = embeddings.length_per_key()
-    scaled = _Scale.apply(values, gates.to(values.dtype), lengths, centered)
-    return KeyedTensor(keys, lengths, scaled)
+
+    # Name of the attribute that holds the user's collection; with TorchRec's naming.
+    inner: ClassVar[str]
+    # (embeddings, features, gates, centered) -> embeddings
+    scale: ClassVar[Callable[..., Any]]
+
+    def __init__(self, collection: Collection, gates: FeatureGates) -> None:
+        super().__init__()
+        setattr(self, self.inner, collection)
+        self.gates = gates
+        self.step = StepCounter()
+
+    @property
+    def collection(self) -> Any:
+        """The user's collection."""
+        return getattr(self, self.inner)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Those that the collection reads."""
+        return feature_names(table_configs(self.collection))
+
+    def forward(self, features: KeyedJaggedTensor) -> Any:
+        """The collection's embeddings times the gates, in the collection's own format."""
+        embeddings = self.collection(features)
+        gates = self.gates(self.step.next(), features.stride())
+        return self.scale(embeddings, self.gates.features, gates, self.gates.config.centered)
+
+    @property
+    def device(self) -> torch.device:
+        return self.collection.device
 
 
-class GatedEmbeddingBagCollection(nn.Module):
-    """An `EmbeddingBagCollection` whose features each have a gate behind the lookup.
+class GatedEmbeddingBagCollection(GatedCollection):
+    """An `EmbeddingBagCollection` with gates.
 
     Pooling is linear, so scaling the pooled embedding equals scaling every row that went into it,
     under every sharding type.
@@ -113,24 +70,11 @@ class GatedEmbeddingBagCollection(nn.Module):
     ::
 
         KeyedJaggedTensor -> EmbeddingBagCollection -> KeyedTensor -> * gates -> KeyedTensor
-
-    Args:
-        embedding_bag_collection: the user's collection.
-        gates: one gate for each of its features.
     """
 
-    def __init__(
-        self, embedding_bag_collection: EmbeddingBagCollection, gates: FeatureGates
-    ) -> None:
-        super().__init__()
-        self._embedding_bag_collection = embedding_bag_collection
-        self.gates = gates
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pooled, gated embeddings: (B, W) by key."""
-        embeddings = self._embedding_bag_collection(features)
-        gates = self.gates(self.gates.next_step(), features.stride())
-        return scale_keys(embeddings, self.gates.features, gates, self.gates.config.centered)
+    inner = "_embedding_bag_collection"
+    scale = staticmethod(scale_keys)
+    _embedding_bag_collection: EmbeddingBagCollection
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         return self._embedding_bag_collection.embedding_bag_configs()
@@ -138,9 +82,27 @@ class GatedEmbeddingBagCollection(nn.Module):
     def is_weighted(self) -> bool:
         return self._embedding_bag_collection.is_weighted()
 
-    @property
-    def device(self) -> torch.device:
-        return self._embedding_bag_collection.device
+
+class GatedEmbeddingCollection(GatedCollection):
+    """An `EmbeddingCollection` with gates; an example's gate is that of all its positions.
+
+    ::
+
+        KeyedJaggedTensor -> EmbeddingCollection -> dict[str, JaggedTensor] -> * gates -> the same
+    """
+
+    inner = "_embedding_collection"
+    scale = staticmethod(scale_sequences)
+    _embedding_collection: EmbeddingCollection
+
+    def embedding_configs(self) -> list[EmbeddingConfig]:
+        return self._embedding_collection.embedding_configs()
+
+    def embedding_dim(self) -> int:
+        return self._embedding_collection.embedding_dim()
+
+    def need_indices(self) -> bool:
+        return self._embedding_collection.need_indices()
 
 
 class GatedDense(nn.Module):
@@ -155,6 +117,7 @@ class GatedDense(nn.Module):
         super().__init__()
         self._module = module
         self.gates = gates
+        self.step = StepCounter()
 
     def forward(self, dense_BF: Tensor) -> Tensor:
         """The module's output for the gated input.
@@ -167,7 +130,7 @@ class GatedDense(nn.Module):
                 f"the dense input has {dense_BF.shape[-1]} columns and {self.gates.name!r} has "
                 f"{len(self.gates.features)} gates: name every column, in order, in attach_gates"
             )
-        gates = self.gates(self.gates.next_step(), dense_BF.shape[0])
+        gates = self.gates(self.step.next(), dense_BF.shape[0])
         lengths = [1] * len(self.gates.features)
         centered = self.gates.config.centered
-        return self._module(_Scale.apply(dense_BF, gates.to(dense_BF.dtype), lengths, centered))
+        return self._module(Scale.apply(dense_BF, gates.to(dense_BF.dtype), lengths, centered))

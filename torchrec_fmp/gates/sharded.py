@@ -1,4 +1,4 @@
-"""The sharded `GatedEmbeddingBagCollection` and the sharders to pass to TorchRec.
+"""The sharded counterparts of the gated collections and the sharders to pass to TorchRec.
 
 Built as TorchRec builds its own wrapped collections (torchrec/distributed/fp_embeddingbag.py): the
 inner collection is sharded by its own sharder, and the gates are a data-parallel parameter.
@@ -6,13 +6,18 @@ inner collection is sharded by its own sharder, and the gates are a data-paralle
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.distributed.embedding import (
+    EmbeddingCollectionContext,
+    EmbeddingCollectionSharder,
+    ShardedEmbeddingCollection,
+)
 from torchrec.distributed.embedding_types import (
     BaseEmbeddingSharder,
     KJTList,
@@ -33,17 +38,26 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 from torchrec.distributed.utils import append_prefix
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from torchrec_fmp.gates.feature_gates import FeatureGates
-from torchrec_fmp.gates.gated import GatedEmbeddingBagCollection, scale_keys
+from torchrec_fmp.gates.gated import (
+    GatedCollection,
+    GatedEmbeddingBagCollection,
+    GatedEmbeddingCollection,
+)
+from torchrec_fmp.gates.scale import scale_keys, scale_sequences
+from torchrec_fmp.gates.step_counter import StepCounter
+from torchrec_fmp.surgery.meta import meta_parameter
 
-_INNER = "_embedding_bag_collection"
+Out = TypeVar("Out")
+M = TypeVar("M", bound=GatedCollection)
 
 
 @dataclass
-class GatedContext(EmbeddingBagCollectionContext):
-    """Adds what the noise of one batch depends on.
+class NoiseContext:
+    """What the noise of one batch depends on.
 
     It is taken in `input_dist`, so that a pipeline that distributes a batch ahead gives each batch
     its own noise.
@@ -53,61 +67,80 @@ class GatedContext(EmbeddingBagCollectionContext):
     batch_size: int = 0
 
 
-class ShardedGatedEmbeddingBagCollection(
-    ShardedEmbeddingModule[KJTList, list[Tensor], KeyedTensor, GatedContext]
-):
-    """Sharded counterpart of `GatedEmbeddingBagCollection`; made by its sharder."""
+@dataclass
+class GatedBagContext(EmbeddingBagCollectionContext, NoiseContext):
+    """TorchRec's context of pooled embeddings, and the noise's."""
+
+
+@dataclass
+class GatedSequenceContext(EmbeddingCollectionContext, NoiseContext):
+    """TorchRec's context of embeddings that are not pooled, and the noise's."""
+
+
+class ShardedGatedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, Any], Generic[Out]):
+    """Sharded counterpart of a `GatedCollection`; made by its sharder."""
+
+    unsharded: ClassVar[type[GatedCollection]]
+    context: ClassVar[type[GatedBagContext] | type[GatedSequenceContext]]
+    scale: ClassVar[Callable[..., Any]]
 
     def __init__(
         self,
-        module: GatedEmbeddingBagCollection,
+        module: GatedCollection,
         table_name_to_parameter_sharding: dict[str, ParameterSharding],
-        ebc_sharder: EmbeddingBagCollectionSharder,
+        sharder: BaseEmbeddingSharder[Any],
         env: ShardingEnv,
         device: torch.device,
         module_fqn: str | None = None,
     ) -> None:
         super().__init__()
-        self._embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
-            module._embedding_bag_collection,
+        sharded = sharder.shard(
+            module.collection,
             table_name_to_parameter_sharding,
             env=env,
             device=device,
-            module_fqn=module_fqn,
+            module_fqn=append_prefix(module_fqn, module.inner) if module_fqn else module_fqn,
         )
-        self._lookups = self._embedding_bag_collection._lookups
+        setattr(self, module.inner, sharded)
+        self._lookups = sharded._lookups
+        self.features: tuple[str, ...] = module.features
+        # In place, so that collections which share gates go on sharing them.
         self.gates: FeatureGates = module.gates.to(device)
+        self.step: StepCounter = module.step
 
-    def create_context(self) -> GatedContext:
-        return GatedContext()
+    @property
+    def inner(self) -> str:
+        """Name of the attribute that holds the sharded collection."""
+        return self.unsharded.inner
 
-    def input_dist(
-        self, ctx: GatedContext, features: KeyedJaggedTensor
-    ) -> Awaitable[Awaitable[KJTList]]:
-        ctx.step = self.gates.next_step()
+    @property
+    def collection(self) -> Any:
+        """TorchRec's sharded collection."""
+        return getattr(self, self.inner)
+
+    def create_context(self) -> GatedBagContext | GatedSequenceContext:
+        return self.context()
+
+    def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        ctx.step = self.step.next()
         ctx.batch_size = features.stride()
-        return self._embedding_bag_collection.input_dist(ctx, features)
+        return self.collection.input_dist(ctx, features)
 
-    def compute(self, ctx: GatedContext, dist_input: KJTList) -> list[Tensor]:
-        return self._embedding_bag_collection.compute(ctx, dist_input)
+    def compute(self, ctx: Any, dist_input: KJTList) -> list[Tensor]:
+        return self.collection.compute(ctx, dist_input)
 
-    def output_dist(self, ctx: GatedContext, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
-        return self._gate(ctx, self._embedding_bag_collection.output_dist(ctx, output))
+    def output_dist(self, ctx: Any, output: list[Tensor]) -> LazyAwaitable[Out]:
+        return self._gate(ctx, self.collection.output_dist(ctx, output))
 
-    def compute_and_output_dist(
-        self, ctx: GatedContext, input: KJTList
-    ) -> LazyAwaitable[KeyedTensor]:
-        return self._gate(ctx, self._embedding_bag_collection.compute_and_output_dist(ctx, input))
+    def compute_and_output_dist(self, ctx: Any, input: KJTList) -> LazyAwaitable[Out]:
+        return self._gate(ctx, self.collection.compute_and_output_dist(ctx, input))
 
-    def _gate(
-        self, ctx: GatedContext, embeddings: LazyAwaitable[KeyedTensor]
-    ) -> LazyAwaitable[KeyedTensor]:
-        gates = self.gates(ctx.step, ctx.batch_size)
+    def _gate(self, ctx: Any, embeddings: LazyAwaitable[Out]) -> LazyAwaitable[Out]:
         embeddings.callbacks.append(
             partial(
-                scale_keys,
+                self.scale,
                 features=self.gates.features,
-                gates=gates,
+                gates=self.gates(ctx.step, ctx.batch_size),
                 centered=self.gates.config.centered,
             )
         )
@@ -115,12 +148,30 @@ class ShardedGatedEmbeddingBagCollection(
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         for fqn, _ in self.named_parameters():
-            if fqn.startswith(_INNER):
+            if fqn.startswith(f"{self.inner}."):
                 yield append_prefix(prefix, fqn)
 
     @property
-    def unsharded_module_type(self) -> type[GatedEmbeddingBagCollection]:
-        return GatedEmbeddingBagCollection
+    def unsharded_module_type(self) -> type[GatedCollection]:
+        return self.unsharded
+
+
+class ShardedGatedEmbeddingBagCollection(ShardedGatedCollection[KeyedTensor]):
+    """Sharded counterpart of `GatedEmbeddingBagCollection`."""
+
+    unsharded = GatedEmbeddingBagCollection
+    context = GatedBagContext
+    scale = staticmethod(scale_keys)
+    _embedding_bag_collection: ShardedEmbeddingBagCollection
+
+
+class ShardedGatedEmbeddingCollection(ShardedGatedCollection[dict[str, JaggedTensor]]):
+    """Sharded counterpart of `GatedEmbeddingCollection`."""
+
+    unsharded = GatedEmbeddingCollection
+    context = GatedSequenceContext
+    scale = staticmethod(scale_sequences)
+    _embedding_collection: ShardedEmbeddingCollection
 
 
 class AnyShardingEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
@@ -136,55 +187,86 @@ class AnyShardingEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         return types if row_wise in types else [*types, row_wise]
 
 
-class GatedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[GatedEmbeddingBagCollection]):
-    """Shards a `GatedEmbeddingBagCollection` as `ebc_sharder` shards the collection inside.
+class TracedEmbeddingCollectionSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder, leaving in the sharded module what its parameters were before.
 
-    Args:
-        ebc_sharder: sharder of the inner collection, with its fused parameters.
+    `apply_optimizer_in_backward` notes a table's optimizer on its parameter. TorchRec's own
+    `ShardedEmbeddingCollection` forgets the parameter, its `ShardedEmbeddingBagCollection` does
+    not.
     """
-
-    def __init__(self, ebc_sharder: EmbeddingBagCollectionSharder) -> None:
-        super().__init__(
-            fused_params=ebc_sharder.fused_params,
-            qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry,
-        )
-        self._ebc_sharder = ebc_sharder
 
     def shard(
         self,
-        module: GatedEmbeddingBagCollection,
+        module: EmbeddingCollection,
         params: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> ShardedGatedEmbeddingBagCollection:
-        return ShardedGatedEmbeddingBagCollection(
-            module,
-            params,
-            self._ebc_sharder,
-            env=env,
-            device=device or torch.device("cpu"),
-            module_fqn=append_prefix(module_fqn, _INNER) if module_fqn else module_fqn,
-        )
+    ) -> ShardedEmbeddingCollection:
+        tables = {
+            table: meta_parameter(weight)
+            for table, weight in self.shardable_parameters(module).items()
+        }
+        sharded = super().shard(module, params, env, device, module_fqn)
+        sharded.tables_before_sharding = tables
+        return sharded
 
-    def shardable_parameters(
-        self, module: GatedEmbeddingBagCollection
-    ) -> dict[str, torch.nn.Parameter]:
-        return self._ebc_sharder.shardable_parameters(module._embedding_bag_collection)
+
+class _GatedSharder(BaseEmbeddingSharder[M]):
+    """Shards a gated collection as another sharder shards the collection inside.
+
+    Args:
+        sharder: of the inner collection, with its fused parameters.
+    """
+
+    sharded: ClassVar[type[ShardedGatedCollection[Any]]]
+
+    def __init__(self, sharder: BaseEmbeddingSharder[Any]) -> None:
+        super().__init__(
+            fused_params=sharder.fused_params,
+            qcomm_codecs_registry=sharder.qcomm_codecs_registry,
+        )
+        self._sharder = sharder
+
+    def shard(
+        self,
+        module: M,
+        params: dict[str, ParameterSharding],
+        env: ShardingEnv,
+        device: torch.device | None = None,
+        module_fqn: str | None = None,
+    ) -> ShardedGatedCollection[Any]:
+        device = device or torch.device("cpu")
+        return self.sharded(module, params, self._sharder, env, device, module_fqn)
+
+    def shardable_parameters(self, module: M) -> dict[str, nn.Parameter]:
+        return self._sharder.shardable_parameters(module.collection)
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
-        return self._ebc_sharder.sharding_types(compute_device_type)
+        return self._sharder.sharding_types(compute_device_type)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return self._ebc_sharder.compute_kernels(sharding_type, compute_device_type)
+        return self._sharder.compute_kernels(sharding_type, compute_device_type)
 
     @property
-    def module_type(self) -> type[GatedEmbeddingBagCollection]:
-        return GatedEmbeddingBagCollection
+    def module_type(self) -> type[GatedCollection]:
+        return self.sharded.unsharded
 
     @property
-    def sharded_module_type(self) -> type[ShardedGatedEmbeddingBagCollection]:
-        return ShardedGatedEmbeddingBagCollection
+    def sharded_module_type(self) -> type[ShardedGatedCollection[Any]]:
+        return self.sharded
+
+
+class GatedEmbeddingBagCollectionSharder(_GatedSharder[GatedEmbeddingBagCollection]):
+    """Shards a `GatedEmbeddingBagCollection`."""
+
+    sharded = ShardedGatedEmbeddingBagCollection
+
+
+class GatedEmbeddingCollectionSharder(_GatedSharder[GatedEmbeddingCollection]):
+    """Shards a `GatedEmbeddingCollection`."""
+
+    sharded = ShardedGatedEmbeddingCollection
 
 
 def sharders(
@@ -200,7 +282,11 @@ def sharders(
         fused_params: of FBGEMM's fused optimizer, as `EmbeddingBagCollectionSharder` takes them.
         qcomm_codecs_registry: of quantized communication, the same.
     """
-    ebc_sharder = AnyShardingEmbeddingBagCollectionSharder(
-        fused_params=fused_params, qcomm_codecs_registry=qcomm_codecs_registry
-    )
-    return [GatedEmbeddingBagCollectionSharder(ebc_sharder), ebc_sharder]
+    bags = AnyShardingEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
+    sequences = TracedEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry)
+    return [
+        GatedEmbeddingBagCollectionSharder(bags),
+        bags,
+        GatedEmbeddingCollectionSharder(sequences),
+        sequences,
+    ]

@@ -14,8 +14,9 @@ class FeatureScores:
     Args:
         scores: feature -> importance, finite; the unit is the scorer's.
         gates: feature -> test-time gate in [0, 1]; 1 where the scorer has none.
-        collections: fqn of an embedding collection -> its features. A collection cannot become
-            empty, so a policy keeps at least one feature of each.
+        collections: fqn of an embedding collection -> its features. A policy keeps at least
+            one feature of each, because few models can do without a collection; a selection that
+            was edited may empty it.
 
     Raises:
         ValueError: if scores and gates name different features, or a number is out of range.

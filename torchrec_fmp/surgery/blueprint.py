@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_unwrapped_module
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_fmp.gates.gated import GatedDense, GatedEmbeddingBagCollection
-from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
+from torchrec_fmp.gates.collections import table_weight
+from torchrec_fmp.gates.gated import GatedCollection, GatedDense
+from torchrec_fmp.gates.sharded import ShardedGatedCollection
 from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
 
 
@@ -42,7 +44,8 @@ def blueprint(model: nn.Module) -> Blueprint:
     """Takes the blueprint of a model, sharded or not.
 
     Raises:
-        TypeError: for a sharded module other than an `EmbeddingBagCollection`, gated or plain.
+        TypeError: for a sharded module other than an `EmbeddingBagCollection` or
+            `EmbeddingCollection`, gated or plain.
     """
     module = get_unwrapped_module(model)
     memo: dict[int, Any] = {
@@ -50,29 +53,42 @@ def blueprint(model: nn.Module) -> Blueprint:
     }
     dense_features = {}
     inner: dict[str, str] = {}
-    for fqn, child in module.named_modules():
-        if isinstance(child, ShardedGatedEmbeddingBagCollection):
-            memo[id(child)] = _unsharded(child._embedding_bag_collection)
-            inner[fqn] = "_embedding_bag_collection"
-        elif isinstance(child, ShardedEmbeddingBagCollection):
-            memo.setdefault(id(child), _unsharded(child))
-        elif isinstance(child, ShardedEmbeddingModule):
-            raise TypeError(
-                f"{fqn} is a {type(child).__name__}; only EmbeddingBagCollection can be pruned"
-            )
-        elif isinstance(child, GatedEmbeddingBagCollection):
-            memo[id(child)] = copy.deepcopy(child._embedding_bag_collection, memo)
-            inner[fqn] = "_embedding_bag_collection"
+    for fqn, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, (GatedCollection, ShardedGatedCollection)):
+            inner[fqn] = child.inner
+            memo[id(child)] = _unsharded(child.collection, fqn, memo)
         elif isinstance(child, GatedDense):
-            memo[id(child)] = copy.deepcopy(child._module, memo)
             inner[fqn] = "_module"
             dense_features[fqn] = child.gates.features
+            memo[id(child)] = copy.deepcopy(child._module, memo)
+        elif isinstance(child, ShardedEmbeddingModule):
+            _unsharded(child, fqn, memo)
     bare = copy.deepcopy(module, memo)
     return Blueprint(bare, dense_features, _sources(bare, inner))
 
 
-def _unsharded(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection:
-    """The collection on meta, with the fused optimizers that were set on its parameters."""
+def _unsharded(collection: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Module:
+    """The collection on meta, with the fused optimizers that were set on its parameters.
+
+    It is put into the memo, by which a collection that is read in several places stays one.
+    """
+    if id(collection) not in memo:
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            memo[id(collection)] = _unsharded_bags(collection)
+        elif isinstance(collection, ShardedEmbeddingCollection):
+            memo[id(collection)] = _unsharded_sequences(collection, fqn)
+        elif isinstance(collection, ShardedEmbeddingModule):
+            raise TypeError(
+                f"{fqn} is a {type(collection).__name__}; only EmbeddingBagCollection and "
+                "EmbeddingCollection can be pruned"
+            )
+        else:
+            copy.deepcopy(collection, memo)
+    unsharded: nn.Module = memo[id(collection)]
+    return unsharded
+
+
+def _unsharded_bags(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection:
     collection = EmbeddingBagCollection(
         tables=copy.deepcopy(sharded._embedding_bag_configs),
         is_weighted=sharded._is_weighted,
@@ -80,8 +96,25 @@ def _unsharded(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection
     )
     for infos in sharded.sharding_type_to_sharding_infos.values():
         for info in infos:
-            weight = collection.embedding_bags[info.embedding_config.name].weight
-            copy_fused_optimizer(info.param, weight)
+            copy_fused_optimizer(info.param, table_weight(collection, info.embedding_config.name))
+    return collection
+
+
+def _unsharded_sequences(sharded: ShardedEmbeddingCollection, fqn: str) -> EmbeddingCollection:
+    collection = EmbeddingCollection(
+        tables=copy.deepcopy(sharded._embedding_configs),
+        device=torch.device("meta"),
+        need_indices=sharded._need_indices,
+        use_gather_select=sharded._use_gather_select,
+        use_gather_select_per_sharding=sharded._use_gather_select_per_sharding,
+    )
+    if not hasattr(sharded, "tables_before_sharding"):
+        raise TypeError(
+            f"{fqn} was sharded by TorchRec's EmbeddingCollectionSharder, which forgets the "
+            "optimizers that were set on its tables: shard with torchrec_fmp.sharders()"
+        )
+    for table, weight in sharded.tables_before_sharding.items():
+        copy_fused_optimizer(weight, table_weight(collection, table))
     return collection
 
 

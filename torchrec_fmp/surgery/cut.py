@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_fmp.gates.collections import feature_names, table_configs
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.surgery import dlrm as dlrm  # registers its rule
 from torchrec_fmp.surgery.blueprint import Blueprint
@@ -17,6 +18,8 @@ from torchrec_fmp.surgery.dense import cut_dense
 from torchrec_fmp.surgery.meta import meta_parameter
 from torchrec_fmp.surgery.rules import Cutter, join_fqn, rule_for
 from torchrec_fmp.surgery.tables import cut_tables
+
+_COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,7 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
     """Applies the cut rules. Pure: needs no weights and no process group.
 
     Raises:
-        ValueError: if the selection names a feature that the model does not have, or would empty a
-            collection.
+        ValueError: if the selection names a feature that the model does not have.
         TypeError: if a module reads a dropped feature and has no rule.
     """
     parameters = blueprint.model.parameters()
@@ -41,24 +43,25 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
     cutter = Cutter(selection)
     for fqn, features in blueprint.dense_features.items():
         cut_dense(model.get_submodule(fqn), fqn, features, cutter)
-    _cut_module(model, "", cutter)
+    _cut_module(model, "", cutter, {})
     for fqn, tensor in model.state_dict(keep_vars=True).items():
         if fqn not in cutter.tensors:
             cutter.record(fqn, tensor)
     return Cut(model, CutMap(cutter.tensors))
 
 
-def _cut_module(module: nn.Module, fqn: str, cutter: Cutter) -> None:
+def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.Module]) -> None:
+    """Cuts all below; `done` has the new collections by the old one's id, as some are shared."""
     rule = rule_for(module)
     if rule is not None:
         rule(module, fqn, cutter)
         return
     for name, child in list(module.named_children()):
         child_fqn = join_fqn(fqn, name)
-        if not isinstance(child, EmbeddingBagCollection):
-            _cut_module(child, child_fqn, cutter)
+        if not isinstance(child, _COLLECTIONS):
+            _cut_module(child, child_fqn, cutter, done)
             continue
-        features = [feature for c in child.embedding_bag_configs() for feature in c.feature_names]
+        features = feature_names(table_configs(child))
         dropped = [feature for feature in features if not cutter.keeps(feature)]
         if dropped:
             raise _no_rule(module, fqn, f"reads the features {dropped}, which are dropped")
@@ -66,7 +69,8 @@ def _cut_module(module: nn.Module, fqn: str, cutter: Cutter) -> None:
         scaled = [feature for feature, gate in gates.items() if gate != 1]
         if scaled:
             raise _no_rule(module, fqn, f"reads {scaled}, whose gates do not fold into a table")
-        setattr(module, name, smaller)
+        assert smaller is not None
+        setattr(module, name, done.setdefault(id(child), smaller))
 
 
 def _no_rule(module: nn.Module, fqn: str, problem: str) -> TypeError:
@@ -80,8 +84,8 @@ def _no_rule(module: nn.Module, fqn: str, problem: str) -> TypeError:
 def _check_features(model: nn.Module, blueprint: Blueprint, selection: Selection) -> None:
     known = {name for names in blueprint.dense_features.values() for name in names}
     for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
-            known.update(f for c in module.embedding_bag_configs() for f in c.feature_names)
+        if isinstance(module, _COLLECTIONS):
+            known.update(feature_names(table_configs(module)))
     unknown = [name for name in selection.features if name not in known]
     if unknown:
         raise ValueError(f"the selection decides on features the model does not have: {unknown}")
@@ -99,7 +103,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def _table_weights(model: nn.Module) -> Iterable[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, EmbeddingBagCollection):
+        if isinstance(module, _COLLECTIONS):
             yield from module.parameters()
 
 

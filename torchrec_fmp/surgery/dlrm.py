@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, OverArch, SparseArch
 
+from torchrec_fmp.gates.collections import table_configs
 from torchrec_fmp.surgery.dense import cut_linear
 from torchrec_fmp.surgery.rules import Cutter, cut_rule, join_fqn
 from torchrec_fmp.surgery.tables import cut_tables
@@ -22,9 +23,14 @@ _FIRST_OVER = "over_arch.model.0._mlp.0._linear"
 def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
     """Shrinks the tables, the interaction and the first layer of the over arch.
 
+    Where no feature is left, `sparse_arch` becomes `torch.nn.Identity`: the interaction of no
+    features returns the embedded dense input and leaves its other argument alone.
+
     Raises:
         TypeError: if a part of the model was replaced by a module of another type.
     """
+    if _has_no_sparse_features(model):
+        return
     for name, expected in (
         ("dense_arch", DenseArch),
         ("sparse_arch", SparseArch),
@@ -38,21 +44,30 @@ def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
                 "register a cut rule for the whole model's type with torchrec_fmp.cut_rule"
             )
     names = list(model.sparse_arch.sparse_feature_names)
-    collection, gates = cut_tables(
-        model.sparse_arch.embedding_bag_collection,
-        join_fqn(fqn, "sparse_arch.embedding_bag_collection"),
-        cutter,
+    collection = model.sparse_arch.embedding_bag_collection
+    smaller, gates = cut_tables(
+        collection, join_fqn(fqn, "sparse_arch.embedding_bag_collection"), cutter
     )
-    model.sparse_arch = SparseArch(collection)
+    model.sparse_arch = nn.Identity() if smaller is None else SparseArch(smaller)
     model.inter_arch = InteractionArch(len(gates))
     columns, scale = interaction_columns(
         [name in gates for name in names],
         [gates.get(name, 0.0) for name in names],
-        collection.embedding_bag_configs()[0].embedding_dim,
+        table_configs(collection)[0].embedding_dim,
     )
     linear = model.get_submodule(_FIRST_OVER)
     assert isinstance(linear, nn.Linear)
     cut_linear(linear, join_fqn(fqn, _FIRST_OVER), cutter, columns, scale)
+
+
+def _has_no_sparse_features(model: DLRM) -> bool:
+    """Whether an earlier cut has dropped them all."""
+    interaction = model.inter_arch
+    return (
+        type(model.sparse_arch) is nn.Identity
+        and type(interaction) is InteractionArch
+        and interaction.F == 0
+    )
 
 
 def interaction_columns(

@@ -1,4 +1,4 @@
-"""Drops features and tables of an `EmbeddingBagCollection`, and folds gates into its rows."""
+"""Drops features and tables of an embedding collection, and folds gates into the rows."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_fmp.gates.collections import (
+    C,
+    table_configs,
+    table_weight,
+    weight_name,
+    with_tables,
+)
 from torchrec_fmp.surgery.meta import copy_fused_optimizer
-from torchrec_fmp.surgery.rules import Cutter
+from torchrec_fmp.surgery.rules import Cutter, join_fqn
 
 
-def cut_tables(
-    collection: EmbeddingBagCollection, fqn: str, cutter: Cutter
-) -> tuple[EmbeddingBagCollection, dict[str, float]]:
+def cut_tables(collection: C, fqn: str, cutter: Cutter) -> tuple[C | None, dict[str, float]]:
     """The collection with the kept features only.
 
     A table goes when all its features go; otherwise it and the other features are untouched. Where
@@ -22,43 +26,39 @@ def cut_tables(
     that several tables serve is folded in all of them or in none.
 
     Args:
-        collection: parameters on meta.
+        collection: an `EmbeddingBagCollection` or `EmbeddingCollection`, parameters on meta.
         fqn: of the collection.
         cutter: gets the records.
 
     Returns:
-        The new collection on meta, and for each kept feature the gate that is left for the layers
-        that read it: 1 where it was folded.
-
-    Raises:
-        ValueError: if no feature is left.
+        The new collection on meta, or None where no feature is left; and for each kept feature the
+        gate that is left for the layers that read it: 1 where it was folded.
     """
+    configs = table_configs(collection)
     kept_by_table = {
         config.name: [feature for feature in config.feature_names if cutter.keeps(feature)]
-        for config in collection.embedding_bag_configs()
+        for config in configs
     }
     folded = _folded_tables(kept_by_table, cutter)
-    configs, gates_left = [], {}
-    for config in collection.embedding_bag_configs():
+    configs_left, gates_left = [], {}
+    for config in configs:
         kept = kept_by_table[config.name]
         if not kept:
             continue
         fold = cutter.gate(kept[0]) if config.name in folded else 1.0
         gates_left.update({feature: cutter.gate(feature) / fold for feature in kept})
-        weight = collection.embedding_bags[config.name].weight
-        name = f"{fqn}.embedding_bags.{config.name}.weight"
-        cutter.record(name, weight, scale=torch.tensor([fold]))
+        name = join_fqn(fqn, weight_name(collection, config.name))
+        cutter.record(name, table_weight(collection, config.name), scale=torch.tensor([fold]))
         config = copy.deepcopy(config)
         config.feature_names = kept
-        configs.append(config)
-    if not configs:
-        raise ValueError(f"every feature of {fqn} is dropped, at least one must stay")
-    smaller = EmbeddingBagCollection(
-        tables=configs, is_weighted=collection.is_weighted(), device=torch.device("meta")
-    )
-    for config in configs:
-        old, new = (bags.embedding_bags[config.name].weight for bags in (collection, smaller))
-        copy_fused_optimizer(old, new)
+        configs_left.append(config)
+    if not configs_left:
+        return None, {}
+    smaller = with_tables(collection, configs_left)
+    for config in configs_left:
+        copy_fused_optimizer(
+            table_weight(collection, config.name), table_weight(smaller, config.name)
+        )
     return smaller, gates_left
 
 

@@ -1,0 +1,53 @@
+"""TorchRec's two embedding collections, pooled and not, seen alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias, TypeVar
+
+import torch
+from torch import nn
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+Collection: TypeAlias = EmbeddingBagCollection | EmbeddingCollection
+C = TypeVar("C", EmbeddingBagCollection, EmbeddingCollection)
+
+
+def table_configs(collection: Collection) -> Sequence[BaseEmbeddingConfig]:
+    """Configs of the tables, in order."""
+    if isinstance(collection, EmbeddingBagCollection):
+        return list(collection.embedding_bag_configs())
+    return list(collection.embedding_configs())
+
+
+def feature_names(configs: Sequence[BaseEmbeddingConfig]) -> tuple[str, ...]:
+    """Features of the tables in order, one that several tables serve once."""
+    return tuple(dict.fromkeys(feature for config in configs for feature in config.feature_names))
+
+
+def weight_name(collection: Collection, table: str) -> str:
+    """Name of a table's weight within the collection."""
+    is_pooled = isinstance(collection, EmbeddingBagCollection)
+    return f"{'embedding_bags' if is_pooled else 'embeddings'}.{table}.weight"
+
+
+def table_weight(collection: Collection, table: str) -> nn.Parameter:
+    """A table's weight, (rows, dimension)."""
+    return collection.get_parameter(weight_name(collection, table))
+
+
+def with_tables(collection: C, configs: Sequence[BaseEmbeddingConfig]) -> C:
+    """A collection on meta with the options of this one and other tables."""
+    device = torch.device("meta")
+    if isinstance(collection, EmbeddingBagCollection):
+        return EmbeddingBagCollection(
+            tables=list(configs), is_weighted=collection.is_weighted(), device=device
+        )
+    return EmbeddingCollection(
+        tables=list(configs),
+        device=device,
+        need_indices=collection.need_indices(),
+        use_gather_select=collection.use_gather_select(),
+        use_gather_select_per_sharding=collection.use_gather_select_per_sharding(),
+    )
