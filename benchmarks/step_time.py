@@ -25,7 +25,7 @@ from torchrec_fmp import GateConfig, attach_gates, feature_gates, gate_optimizer
 from torchrec_fmp.data.schema import Schema, SparseColumn
 from torchrec_fmp.gates.penalty import L0Penalty
 from torchrec_fmp.models.dlrm import DlrmBackbone
-from torchrec_fmp.planning import PlannerConfig, make_planner
+from torchrec_fmp.planning.planner import PlannerConfig, make_planner
 from torchrec_fmp.policies.selection import FeatureDecision, Selection
 from torchrec_fmp.ranks import Ranks, process_group
 

@@ -23,6 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("config", help="YAML file; options override it: --train.batch_size 512")
     run.add_argument("--out", required=True, help="run directory, new or empty")
     verbs.add_parser("prepare", help="raw files to the Parquet that training reads", add_help=False)
+    plan = verbs.add_parser("plan", help="what a prune would do to plan, memory and step time")
+    plan.add_argument("config", help="YAML file of a what-if or a run; options override it")
+    plan.add_argument("--drop", nargs="+", action="extend", default=[], metavar="FEATURE")
+    plan.add_argument("--selection", help="selection.json; what it drops is dropped")
+    plan.add_argument("--keep-fraction", type=float, help="of the features of each what-if group")
+    plan.add_argument("--json", help="file for the figures")
     verbs.add_parser("doctor", help="check the installed versions, and say how to fix them")
     known, rest = parser.parse_known_args(arguments)
     if rest and known.verb == "doctor":
@@ -34,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_logging()
     if known.verb == "prepare":
         return _prepare(rest)
+    if known.verb == "plan":
+        return _plan(known, rest)
     return _run(known.config, known.out, rest)
 
 
@@ -67,6 +75,25 @@ def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
         directory.write_json("result.json", result)
         if ranks.speaks:
             sys.stdout.write(format_report(result, config.data.truth, out))
+    return 0
+
+
+def _plan(known: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from torchrec_fmp.config import ConfigError
+    from torchrec_fmp.planning.dry_run import Request, run
+    from torchrec_fmp.planning.report import format_what_if, write_json
+
+    _quiet_libraries()
+    request = Request(known.config, known.drop, known.selection, known.keep_fraction, overrides)
+    try:
+        result = run(request)
+        if known.json:
+            write_json(result, known.json)
+    except (ConfigError, FileNotFoundError) as error:
+        return _fail(error, status=2)
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, status=1)
+    sys.stdout.write(format_what_if(result))
     return 0
 
 

@@ -12,10 +12,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pydoc import locate
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser
 
 from torchrec_fmp import data, models, paths, policies
 from torchrec_fmp.data.columns import BadInput
@@ -23,9 +23,13 @@ from torchrec_fmp.data.dataset import Dataset
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.penalty import L0Penalty, Penalty
 from torchrec_fmp.models.backbone import Backbone
-from torchrec_fmp.planning import PlannerConfig
+from torchrec_fmp.planning.planner import PlannerConfig
+from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import Policy
+from torchrec_fmp.reshard.reshard import MoveConfig
+
+Config = TypeVar("Config")
 
 
 class ConfigError(ValueError):
@@ -55,8 +59,8 @@ class TrainConfig:
     log_interval: int = 20
 
     def __post_init__(self) -> None:
-        _check_positive(self, "train", "batch_size", "learning_rate", "embedding_learning_rate")
-        _check_positive(self, "train", "log_interval")
+        check_positive(self, "train", "batch_size", "learning_rate", "embedding_learning_rate")
+        check_positive(self, "train", "log_interval")
         if self.workers < 0:
             raise ValueError(f"train.workers is {self.workers}, it must be at least 0")
 
@@ -84,7 +88,7 @@ class PretrainConfig:
     penalty: Penalty = field(default_factory=L0Penalty)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "pretrain", "fraction", "batch_size", "gate_learning_rate")
+        check_positive(self, "pretrain", "fraction", "batch_size", "gate_learning_rate")
         if self.fraction > 1:
             raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
         if self.samples is not None and self.samples < 1:
@@ -117,6 +121,8 @@ class RunConfig:
         parity_tolerance: largest difference allowed between gated and pruned logits.
         train: both phases' training.
         planner: what TorchRec's planner may choose from.
+        replan: whether tables that survive move to the planner's new plan; see `prune`.
+        move: how tables move.
         reference: also train the unpruned model, on the same batches in the same order.
         seed: of weights, shuffling and, added to gates.seed, gate noise.
     """
@@ -129,6 +135,8 @@ class RunConfig:
     parity_tolerance: float = 1e-6
     train: TrainConfig = field(default_factory=TrainConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
+    replan: Replan = "auto"
+    move: MoveConfig = field(default_factory=MoveConfig)
     reference: bool = False
     seed: int = 0
 
@@ -149,6 +157,36 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, st
         ConfigError: for unknown options, wrong types or values, and keys given twice.
         FileNotFoundError: if there is no such file.
     """
+    return load(path, overrides, RunConfig, _parser())
+
+
+def load(
+    path: str, overrides: Sequence[str], root: type[Config], parser: ArgumentParser
+) -> tuple[Config, str]:
+    """The same for any dataclass whose fields are the sections that `parser` knows."""
+    content = read_yaml(path)
+    _check_sections(content, path, root)
+    try:
+        settings = parser.parse_object(content)
+        settings = parser.parse_args(list(overrides), namespace=settings)
+        composed = parser.dump(settings)
+        parts = parser.instantiate(settings)
+        names = [section.name for section in fields(root)]  # type: ignore[arg-type]
+        config = root(**{name: getattr(parts, name) for name in names})
+    except ArgumentError as error:
+        raise ConfigError(f"{path}: {_explain(str(error), parser, root)}") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return config, composed
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The sections of a YAML file.
+
+    Raises:
+        ConfigError: if it is no mapping, or gives a key twice.
+        FileNotFoundError: if there is no such file.
+    """
     with paths.open_path(path) as file:
         text = file.read()
     try:
@@ -157,18 +195,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, st
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is not a YAML mapping of sections")
-    _check_sections(content, path)
-    parser = _parser()
-    try:
-        settings = parser.parse_object(content)
-        settings = parser.parse_args(list(overrides), namespace=settings)
-        composed = parser.dump(settings)
-        config = _as_run_config(parser.instantiate(settings))
-    except ArgumentError as error:
-        raise ConfigError(f"{path}: {_explain(str(error), parser)}") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return config, composed
+    return content
 
 
 def _import_all(package: ModuleType) -> None:
@@ -200,13 +227,9 @@ def _class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _as_run_config(config: Namespace) -> RunConfig:
-    return RunConfig(**{part.name: getattr(config, part.name) for part in fields(RunConfig)})
-
-
-def _explain(message: str, parser: ArgumentParser) -> str:
+def _explain(message: str, parser: ArgumentParser, root: type[Any]) -> str:
     """Adds the nearest valid option or class to a message about an unknown one."""
-    sections = [section.name for section in fields(RunConfig)]
+    sections = [section.name for section in fields(root)]
     known = [a.dest for a in parser._actions if a.dest.partition(".")[0] in sections]
     for class_path in re.findall(r"class_path '([\w.]+)'", message):
         located = locate(class_path)
@@ -226,8 +249,8 @@ def nearest(name: str, known: Sequence[str]) -> list[str]:
     return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
 
 
-def _check_sections(content: Mapping[str, object], path: str) -> None:
-    known = [section.name for section in fields(RunConfig)]
+def _check_sections(content: Mapping[str, object], path: str, root: type[Any]) -> None:
+    known = [section.name for section in fields(root)]
     for name in content:
         if name not in known:
             near = "".join(f" Did you mean '{match}'?" for match in nearest(str(name), known))
@@ -246,7 +269,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _check_positive(config: object, section: str, *names: str) -> None:
+def check_positive(config: object, section: str, *names: str) -> None:
+    """Raises ValueError for the first of the attributes that is not positive and finite."""
     for name in names:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):

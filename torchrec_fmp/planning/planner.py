@@ -49,11 +49,6 @@ def make_planner(
         device_type: `cpu` or `cuda`.
     """
     world_size = dist.get_world_size()
-    own = config.tables or {}
-    constraints = {
-        table: ParameterConstraints(sharding_types=list(own.get(table, config.sharding_types)))
-        for table in tables
-    }
     hbm_cap = torch.cuda.get_device_properties(0).total_memory if device_type == "cuda" else None
     topology = Topology(
         world_size=world_size,
@@ -61,6 +56,18 @@ def make_planner(
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         compute_device=device_type,
     )
+    return planner_for(config, tables, batch_size, topology)
+
+
+def planner_for(
+    config: PlannerConfig, tables: Iterable[str], batch_size: int, topology: Topology
+) -> EmbeddingShardingPlanner:
+    """The same for any topology; needs no process group."""
+    own = config.tables or {}
+    constraints = {
+        table: ParameterConstraints(sharding_types=list(own.get(table, config.sharding_types)))
+        for table in tables
+    }
     return EmbeddingShardingPlanner(
         topology=topology, batch_size=batch_size, constraints=constraints, debug=False
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchrec_fmp.planning import PlannerConfig
+from torchrec_fmp.planning.planner import PlannerConfig
 
 
 @pytest.mark.parametrize("where", ["sharding_types", "tables"])

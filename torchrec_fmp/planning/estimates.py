@@ -1,0 +1,220 @@
+"""What a plan costs, by TorchRec's own estimators: bytes and milliseconds of every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.constants import DEFAULT_PERF_ESTIMATOR, POOLING_FACTOR
+from torchrec.distributed.planner.enumerators import get_partition_by_type
+from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOption
+from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
+from torchrec.distributed.types import ParameterSharding, ShardingPlan, ShardingType
+
+from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
+
+Constraints = Mapping[str, ParameterConstraints]
+Memory = Literal["hbm", "ddr"]
+
+
+@dataclass(frozen=True)
+class PlanEstimate:
+    """What a plan takes of every rank; W ranks.
+
+    Args:
+        hbm_bytes: (W,) int64, tables, optimizer state, inputs and outputs, as TorchRec's
+            `EmbeddingStorageEstimator` counts them.
+        ddr_bytes: (W,) int64, the same.
+        rank_ms: (W,) float64, lookups and communication of one step, forward and backward.
+    """
+
+    hbm_bytes: NDArray[np.int64]
+    ddr_bytes: NDArray[np.int64]
+    rank_ms: NDArray[np.float64]
+
+    @property
+    def step_ms(self) -> float:
+        """Of the slowest rank, as TorchRec's `NoopPerfModel` rates a plan."""
+        return float(self.rank_ms.max())
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for reports."""
+        return {
+            "hbm_bytes": self.hbm_bytes.tolist(),
+            "ddr_bytes": self.ddr_bytes.tolist(),
+            "rank_ms": self.rank_ms.tolist(),
+            "step_ms": self.step_ms,
+        }
+
+    def device_bytes(self, topology: Topology) -> NDArray[np.int64]:
+        """(W,) int64, in the memory of the topology's compute device: DDR for CPUs."""
+        return self.hbm_bytes if device_memory(topology) == "hbm" else self.ddr_bytes
+
+
+def estimate(
+    plan: ShardingPlan,
+    model: nn.Module,
+    topology: Topology,
+    *,
+    sharders: Sharders,
+    batch_size: int,
+    constraints: Constraints | None = None,
+    estimators: Sequence[ShardEstimator] | None = None,
+) -> PlanEstimate:
+    """Estimates a plan, which need not be the planner's own.
+
+    Args:
+        plan: for the model.
+        model: sharded or not, gated or not.
+        topology: the ranks.
+        sharders: as for `DistributedModelParallel`. The states of a fused optimizer count whether
+            it is set on the parameters or in the sharders' `fused_params`.
+        batch_size: on one rank.
+        constraints: as the planner takes them: pooling factors, number of poolings, batch sizes.
+        estimators: TorchRec's, unless others are given.
+
+    Raises:
+        ValueError: if the plan lacks a table of the model, or names a rank that is not there.
+    """
+    tables = shardable_tables(model, sharders)
+    options = plan_options(plan, tables, topology, batch_size, constraints)
+    populate(options, topology, sharders, constraints, estimators)
+    return total(options, topology)
+
+
+def estimate_as(
+    planner: EmbeddingShardingPlanner, plan: ShardingPlan, model: nn.Module, sharders: Sharders
+) -> PlanEstimate:
+    """Estimates a plan with a planner's topology, batch size, constraints and estimators."""
+    return estimate(
+        plan,
+        model,
+        planner._topology,
+        sharders=sharders,
+        batch_size=planner._batch_size,
+        constraints=planner._constraints,
+        estimators=getattr(planner._enumerator, "_estimators", None),
+    )
+
+
+def device_memory(topology: Topology) -> Memory:
+    """The memory that the topology's compute device has: HBM, or DDR for CPUs."""
+    return "ddr" if topology.compute_device == "cpu" else "hbm"
+
+
+def plan_options(
+    plan: ShardingPlan,
+    tables: Sequence[ShardableTable],
+    topology: Topology,
+    batch_size: int,
+    constraints: Constraints | None,
+) -> list[ShardingOption]:
+    """What TorchRec's enumerator would make of the plan's shardings, ranks included.
+
+    Raises:
+        ValueError: if the plan lacks a table, or names a rank that is not there.
+    """
+    return [
+        _option(table, sharding_of(plan, table), topology, batch_size, constraints)
+        for table in tables
+    ]
+
+
+def sharding_of(plan: ShardingPlan, table: ShardableTable) -> ParameterSharding:
+    """A table's sharding.
+
+    Raises:
+        ValueError: if the plan lacks the table.
+    """
+    module_plan = plan.plan.get(table.path, {})
+    if table.name not in module_plan:
+        raise ValueError(f"the plan has no table {table.name} of the module {table.path!r}")
+    return module_plan[table.name]
+
+
+def _option(
+    table: ShardableTable,
+    sharding: ParameterSharding,
+    topology: Topology,
+    batch_size: int,
+    constraints: Constraints | None,
+) -> ShardingOption:
+    constraint = (constraints or {}).get(table.name)
+    return ShardingOption(
+        name=table.name,
+        tensor=table.priced_weight(),
+        module=(table.path, table.module),
+        input_lengths=list(constraint.pooling_factors) if constraint else [POOLING_FACTOR],
+        batch_size=batch_size,
+        sharding_type=sharding.sharding_type,
+        partition_by=get_partition_by_type(sharding.sharding_type),
+        compute_kernel=sharding.compute_kernel,
+        shards=_shards(table, sharding, topology),
+        cache_params=sharding.cache_params,
+        is_pooled=table.is_pooled,
+        feature_names=constraint.feature_names if constraint else None,
+        output_dtype=sharding.output_dtype,
+        key_value_params=sharding.key_value_params,
+    )
+
+
+def populate(
+    options: list[ShardingOption],
+    topology: Topology,
+    sharders: Sharders,
+    constraints: Constraints | None,
+    estimators: Sequence[ShardEstimator] | None = None,
+) -> None:
+    """Sets `perf` and `storage` of every shard."""
+    data = build_sharder_data_map({sharder_name(s.module_type): s for s in sharders})
+    given = dict(constraints or {})
+    for estimator in estimators or (
+        EmbeddingPerfEstimatorFactory.create(
+            DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=given
+        ),
+        EmbeddingStorageEstimator(topology=topology, constraints=given),
+    ):
+        estimator.estimate(options, sharder_data_map=data)
+
+
+def total(options: Sequence[ShardingOption], topology: Topology) -> PlanEstimate:
+    """Adds up the shards of each rank."""
+    hbm_bytes = np.zeros(topology.world_size, dtype=np.int64)
+    ddr_bytes = np.zeros(topology.world_size, dtype=np.int64)
+    rank_ms = np.zeros(topology.world_size)
+    for option in options:
+        for shard in option.shards:
+            assert shard.rank is not None and shard.storage is not None and shard.perf is not None
+            hbm_bytes[shard.rank] += shard.storage.hbm
+            ddr_bytes[shard.rank] += shard.storage.ddr
+            rank_ms[shard.rank] += shard.perf.total
+    return PlanEstimate(hbm_bytes, ddr_bytes, rank_ms)
+
+
+def _shards(table: ShardableTable, sharding: ParameterSharding, topology: Topology) -> list[Shard]:
+    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        size = list(table.weight.shape)
+        return [Shard(size=size, offset=[0, 0], rank=rank) for rank in range(topology.world_size)]
+    assert sharding.sharding_spec is not None
+    shards = [
+        Shard(
+            size=list(shard.shard_sizes),
+            offset=list(shard.shard_offsets),
+            rank=shard.placement.rank(),
+        )
+        for shard in sharding.sharding_spec.shards
+    ]
+    beyond = [shard.rank for shard in shards if not 0 <= shard.rank < topology.world_size]
+    if beyond:
+        raise ValueError(
+            f"the plan puts table {table.name} on rank {beyond[0]}, but the topology has "
+            f"{topology.world_size} ranks"
+        )
+    return shards

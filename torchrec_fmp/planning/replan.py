@@ -1,0 +1,262 @@
+"""Planning again after a prune: stay, or move to the planner's new plan, and what either costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+
+from torchrec_fmp.planning.estimates import PlanEstimate, device_memory
+from torchrec_fmp.planning.tables import features_by_table, unsharded
+
+Replan = Literal["auto", "planner", "sticky"]
+Decision = Literal["planner", "sticky"]
+_Planner = TypeVar("_Planner")
+
+# Of a step. TorchRec's estimates do not resolve less, so a smaller gain is no reason to move.
+_LEAST_GAIN = 0.01
+
+
+def sticky_plan(old_plan: ShardingPlan, smaller_model: nn.Module) -> ShardingPlan:
+    """The old plan without the tables that are gone: what survives stays where it is.
+
+    Args:
+        old_plan: of the model before the prune, keyed by the fqns of its modules.
+        smaller_model: unsharded, its modules under the same fqns; gated modules of the old model
+            may be plain ones now.
+
+    Raises:
+        ValueError: if a table of the smaller model is not in the old plan.
+    """
+    modules = dict(smaller_model.named_modules())
+    plan = {}
+    for fqn, module_plan in old_plan.plan.items():
+        if fqn not in modules:
+            continue
+        tables = features_by_table(modules[fqn])
+        unknown = [table for table in tables if table not in module_plan]
+        if unknown:
+            raise ValueError(f"the old plan has no tables {unknown} of the module {fqn!r}")
+        plan[fqn] = EmbeddingModuleShardingPlan(
+            {table: copy.deepcopy(module_plan[table]) for table in tables}
+        )
+    return ShardingPlan(plan)
+
+
+def narrowed_planner(planner: _Planner, old_model: nn.Module, smaller_model: nn.Module) -> _Planner:
+    """A planner for the smaller model; the given one is not changed.
+
+    The copy's constraints lack the tables that are gone, and those of a table that lost features
+    have only the values of the features that are left. A planner that is not TorchRec's
+    `EmbeddingShardingPlanner` passes through.
+
+    Args:
+        planner: for the old model.
+        old_model: before the prune, sharded or not.
+        smaller_model: after it.
+    """
+    if not isinstance(planner, EmbeddingShardingPlanner):
+        return planner
+    old, new = (features_by_table(unsharded(model)) for model in (old_model, smaller_model))
+    # Of the old model, and needed by nothing: copying them would copy its tables.
+    memo: dict[int, Any] = {
+        id(getattr(holder, name)): None
+        for holder, name in (
+            (planner._enumerator, "_last_stored_module"),
+            (planner._enumerator, "_last_stored_sharders"),
+            (planner._enumerator, "_last_stored_search_space"),
+            (planner, "_best_plan"),
+            # A stored plan is of the old tables.
+            (planner, "plan_loader"),
+        )
+        if getattr(holder, name, None) is not None
+    }
+    # Enumerator and estimators usually hold the planner's own dictionary, but need not.
+    for constraints in _constraints_of(planner):
+        memo[id(constraints)] = narrowed_constraints(constraints, old, new)
+    return copy.deepcopy(planner, memo)
+
+
+def narrowed_constraints(
+    constraints: Mapping[str, ParameterConstraints],
+    old: Mapping[str, list[str]],
+    new: Mapping[str, list[str]],
+) -> dict[str, ParameterConstraints]:
+    """Constraints of the tables that are left, for the features that are left.
+
+    Args:
+        constraints: by table.
+        old: table -> features, before.
+        new: table -> features, after.
+    """
+    narrowed = {}
+    for table, constraint in constraints.items():
+        if table in old and table not in new:
+            continue
+        narrowed[table] = copy.deepcopy(constraint)
+        if table in old and old[table] != new[table]:
+            narrowed[table] = _narrowed(narrowed[table], old[table], new[table])
+    return narrowed
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Staying against moving to the planner's plan; plain data for a manifest.
+
+    Args:
+        sticky_step_ms: estimated step if the tables stay.
+        planner_step_ms: estimated step of the planner's plan; None if the planner found none.
+        sticky_bytes: that go from one rank to another if the tables stay.
+        planner_bytes: the same for the planner's plan; None if it found none.
+        sticky_move_ms: estimated time that this takes.
+        planner_move_ms: the same for the planner's plan; None if it found none.
+        steps_left: of the training; None if unknown, which counts as many.
+        break_even_steps: after which the planner's plan has made up for its move; None if never.
+        decision: sticky or planner.
+        reason: in words.
+    """
+
+    sticky_step_ms: float
+    planner_step_ms: float | None
+    sticky_bytes: int
+    planner_bytes: int | None
+    sticky_move_ms: float
+    planner_move_ms: float | None
+    steps_left: int | None
+    break_even_steps: float | None
+    decision: Decision
+    reason: str
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for reports."""
+        return asdict(self)
+
+
+def compare(
+    sticky_step_ms: float,
+    sticky_links: NDArray[np.int64],
+    planner_step_ms: float | None,
+    planner_links: NDArray[np.int64] | None,
+    topology: Topology,
+    steps_left: int | None = None,
+) -> Comparison:
+    """Decides between staying and moving. Pure: every rank comes to the same.
+
+    Args:
+        sticky_step_ms: estimated step if the surviving tables stay where they are.
+        sticky_links: (W, W) bytes from rank to rank then, as `link_bytes` gives them.
+        planner_step_ms: estimated step of the planner's plan; None if the planner found none.
+        planner_links: (W, W) bytes from rank to rank to get there; None with the step.
+        topology: for the bandwidths within a host and between hosts.
+        steps_left: of the training; None if unknown.
+    """
+    sticky_move_ms = move_ms(sticky_links, topology)
+    planner_move_ms = planner_bytes = break_even_steps = None
+    decision: Decision = "sticky"
+    if planner_step_ms is None or planner_links is None:
+        reason = "the planner found no plan that fits"
+    else:
+        planner_bytes = moved_bytes(planner_links)
+        planner_move_ms = move_ms(planner_links, topology)
+        gain_ms = sticky_step_ms - planner_step_ms
+        if gain_ms > 0:
+            break_even_steps = max(0.0, planner_move_ms - sticky_move_ms) / gain_ms
+        if gain_ms <= _LEAST_GAIN * sticky_step_ms:
+            reason = f"the planner's plan saves {gain_ms:.3g} ms a step, less than 1%"
+        elif steps_left is not None and steps_left <= break_even_steps:  # type: ignore[operator]
+            reason = f"the move pays off after {break_even_steps:.0f} steps, {steps_left} are left"
+        else:
+            decision = "planner"
+            reason = (
+                f"the planner's plan saves {gain_ms:.3g} ms a step, which makes up for the move "
+                f"after {break_even_steps:.0f} steps"
+            )
+    return Comparison(
+        sticky_step_ms=sticky_step_ms,
+        planner_step_ms=planner_step_ms,
+        sticky_bytes=moved_bytes(sticky_links),
+        planner_bytes=planner_bytes,
+        sticky_move_ms=sticky_move_ms,
+        planner_move_ms=planner_move_ms,
+        steps_left=steps_left,
+        break_even_steps=break_even_steps,
+        decision=decision,
+        reason=reason,
+    )
+
+
+def moved_bytes(links: NDArray[np.int64]) -> int:
+    """Bytes that go from one rank to another; what stays on its rank does not count."""
+    return int(links.sum() - np.trace(links))
+
+
+def move_ms(links: NDArray[np.int64], topology: Topology) -> float:
+    """Milliseconds until the busiest rank has sent and received its bytes.
+
+    A rank sends and receives at the same time, over the link within its host and the one to other
+    hosts at the same time, each at the bandwidth that TorchRec's topology gives it.
+
+    Args:
+        links: (W, W) bytes from rank to rank.
+        topology: W ranks.
+    """
+    host = np.arange(len(links)) // topology.intra_group_size
+    same_host = host[:, None] == host
+    between_ranks = ~np.eye(len(links), dtype=bool)
+    slowest = 0.0
+    for mask, bytes_per_ms in (
+        (same_host & between_ranks, topology.intra_host_bw),
+        (~same_host, topology.inter_host_bw),
+    ):
+        moved = np.where(mask, links, 0)
+        busiest = max(moved.sum(0).max(), moved.sum(1).max())
+        slowest = max(slowest, float(busiest) / bytes_per_ms)
+    return slowest
+
+
+def fits_side_by_side(
+    old: PlanEstimate, new: PlanEstimate, topology: Topology, chunk_bytes: int
+) -> bool:
+    """Whether every rank can hold the old tables, the new ones and one chunk in transit at once.
+
+    Compares TorchRec's estimates, which include inputs and outputs of a step, with the topology's
+    capacities; the chunk lies in the memory of the compute device.
+    """
+    for memory in ("hbm", "ddr"):
+        needed = getattr(old, f"{memory}_bytes") + getattr(new, f"{memory}_bytes")
+        if memory == device_memory(topology):
+            needed = needed + chunk_bytes
+        capacity = np.array([getattr(device.storage, memory) for device in topology.devices])
+        if (needed > capacity).any():
+            return False
+    return True
+
+
+def _constraints_of(planner: EmbeddingShardingPlanner) -> Iterator[dict[str, ParameterConstraints]]:
+    enumerator = planner._enumerator
+    for holder in (planner, enumerator, *getattr(enumerator, "_estimators", ())):
+        constraints = getattr(holder, "_constraints", None)
+        if constraints is not None:
+            yield constraints
+
+
+def _narrowed(
+    constraint: ParameterConstraints, old: list[str], new: list[str]
+) -> ParameterConstraints:
+    """Keeps the values of `new` in the lists that have one for every feature of `old`."""
+    kept = [old.index(feature) for feature in new]
+    lists = {
+        name: [values[position] for position in kept]
+        for name in ("pooling_factors", "num_poolings", "batch_sizes")
+        if (values := getattr(constraint, name)) is not None and len(values) == len(old)
+    }
+    if constraint.feature_names is not None:
+        lists["feature_names"] = [name for name in constraint.feature_names if name in new]
+    return replace(constraint, **lists)

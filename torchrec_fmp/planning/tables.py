@@ -1,0 +1,167 @@
+"""The tables that a model's sharders shard, and the features that each serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import Tensor, nn
+from torchrec import optim
+from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.planner.types import ShardingOption
+from torchrec.distributed.planner.utils import sharder_name
+from torchrec.distributed.types import ModuleSharder
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_fmp.surgery.blueprint import blueprint
+from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
+
+Sharders = Sequence[ModuleSharder[Any]]
+
+# The optimizers that FBGEMM fuses: the class that TorchRec's storage estimator knows, the states
+# of the weight's shape, and the states with one value a row; states are fp32.
+_FUSED_OPTIMIZERS: dict[EmbOptimType, tuple[type, int, int]] = {
+    EmbOptimType.EXACT_SGD: (optim.SGD, 0, 0),
+    EmbOptimType.LARS_SGD: (optim.LarsSGD, 1, 0),
+    EmbOptimType.EXACT_ADAGRAD: (optim.Adagrad, 1, 0),
+    EmbOptimType.EXACT_ROWWISE_ADAGRAD: (optim.RowWiseAdagrad, 0, 1),
+    EmbOptimType.ADAM: (optim.Adam, 2, 0),
+    EmbOptimType.PARTIAL_ROWWISE_ADAM: (optim.PartialRowWiseAdam, 1, 1),
+    EmbOptimType.LAMB: (optim.LAMB, 2, 0),
+    EmbOptimType.PARTIAL_ROWWISE_LAMB: (optim.PartialRowWiseLAMB, 1, 1),
+}
+_STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ShardableTable:
+    """One table of an unsharded model.
+
+    Args:
+        path: fqn of the module that a sharder shards, which is the plan's key.
+        module: that module.
+        name: of the table.
+        weight: (rows, columns), with what `apply_optimizer_in_backward` set on it.
+        features: that it serves, in the order of its config.
+        fused_params: of the module's sharder.
+        is_pooled: whether lookups are pooled, or sequences.
+    """
+
+    path: str
+    module: nn.Module
+    name: str
+    weight: Tensor
+    features: tuple[str, ...]
+    fused_params: dict[str, Any]
+    is_pooled: bool
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of the weight, without optimizer state."""
+        return self.weight.numel() * self.weight.element_size()
+
+    @property
+    def optimizer(self) -> EmbOptimType | None:
+        """The fused optimizer: what was set on the parameter, or else on the sharder."""
+        classes = getattr(self.weight, "_optimizer_classes", None)
+        if not classes:
+            return self.fused_params.get("optimizer")
+        by_class = {fused[0]: kind for kind, fused in _FUSED_OPTIMIZERS.items()}
+        return by_class.get(classes[0])
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Of the weight and the optimizer states of its shape."""
+        return self.weight.element_size() + _STATE_BYTES * self._states[0]
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of the optimizer states with one value a row."""
+        return _STATE_BYTES * self._states[1]
+
+    @property
+    def _states(self) -> tuple[int, int]:
+        if self.optimizer is None:
+            return (0, 0)
+        _, of_elements, of_rows = _FUSED_OPTIMIZERS[self.optimizer]
+        return (of_elements, of_rows)
+
+    def priced_weight(self) -> Tensor:
+        """The weight as TorchRec's storage estimator must see it to count optimizer state.
+
+        The estimator knows an optimizer from the parameter alone (`_get_optimizer_multipler` in
+        planner/shard_estimators.py), and so takes one in the sharder's `fused_params` for none.
+        """
+        if self.optimizer is None or hasattr(self.weight, "_optimizer_classes"):
+            return self.weight
+        weight = meta_parameter(nn.Parameter(self.weight, requires_grad=False))
+        copy_fused_optimizer(self.weight, weight)
+        weight._optimizer_classes = [_FUSED_OPTIMIZERS[self.optimizer][0]]  # type: ignore[attr-defined]
+        return weight
+
+
+def shardable_tables(model: nn.Module, sharders: Sharders) -> list[ShardableTable]:
+    """Every table that the sharders find, in the model's order.
+
+    Args:
+        model: gated or not; of a sharded one, the tables of its unsharded counterpart.
+        sharders: as for `DistributedModelParallel`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    by_type = {sharder_name(sharder.module_type): sharder for sharder in sharders}
+    tables = []
+    for path, module in _sharded_by(unsharded(model), by_type, ""):
+        sharder = by_type[sharder_name(type(module))]
+        features = features_by_table(module)
+        # Goes through the whole module, so not once for each table.
+        is_pooled = ShardingOption.module_pooled(module, path)
+        for name, weight in sharder.shardable_parameters(module).items():
+            fused_params = dict(sharder.fused_params or {})
+            served = tuple(features[name])
+            tables.append(
+                ShardableTable(path, module, name, weight, served, fused_params, is_pooled)
+            )
+    if not tables:
+        raise ValueError(
+            f"the model has no module of the types that the sharders shard: {sorted(by_type)}"
+        )
+    return tables
+
+
+def features_by_table(module: nn.Module) -> dict[str, list[str]]:
+    """Table -> features, of all collections in a module that is not sharded."""
+    return {config.name: list(config.feature_names) for config in table_configs(module)}
+
+
+def table_configs(module: nn.Module) -> Iterator[BaseEmbeddingConfig]:
+    """The configs of all collections in a module that is not sharded."""
+    for child in module.modules():
+        if isinstance(child, EmbeddingBagCollection):
+            yield from child.embedding_bag_configs()
+        elif isinstance(child, EmbeddingCollection):
+            yield from child.embedding_configs()
+
+
+def unsharded(model: nn.Module) -> nn.Module:
+    """The model itself, or the unsharded counterpart on meta of one that is sharded."""
+    module = get_unwrapped_module(model)
+    if any(isinstance(child, ShardedEmbeddingModule) for child in module.modules()):
+        return blueprint(model).model
+    return module
+
+
+def _sharded_by(
+    module: nn.Module, by_type: dict[str, ModuleSharder[Any]], path: str
+) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost modules that have a sharder, as TorchRec's enumerator finds them."""
+    if sharder_name(type(module)) in by_type:
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _sharded_by(child, by_type, f"{path}.{name}" if path else name)

@@ -1,0 +1,209 @@
+"""What a prune would do to plans, memory and steps, found out without ranks and without weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import ShardingPlan
+from tqdm import tqdm
+
+from torchrec_fmp.planning.estimates import (
+    PlanEstimate,
+    device_memory,
+    estimate_as,
+    sharding_of,
+)
+from torchrec_fmp.planning.replan import Comparison, compare, narrowed_planner, sticky_plan
+from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
+from torchrec_fmp.reshard.boxes import shards_of
+from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model's tables.
+
+    Args:
+        features: that have a table.
+        tables: number of them.
+        parameters: of their weights.
+        bytes: of their weights, without optimizer state.
+    """
+
+    features: int
+    tables: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class PlanFigures:
+    """What a plan takes, and what it takes to get there.
+
+    Args:
+        rank_bytes: least, median and most that a rank holds in its device's memory: tables,
+            optimizer state, inputs and outputs.
+        step_ms: estimated, of the slowest rank.
+        planner_seconds: that TorchRec's planner took; None for a plan that it did not make.
+        moved_bytes: from one rank to another, of weights and optimizer state.
+        busiest_rank_bytes: most that one rank sends or receives.
+        busiest_link_bytes: most that one rank sends to another.
+    """
+
+    rank_bytes: tuple[int, int, int]
+    step_ms: float
+    planner_seconds: float | None = None
+    moved_bytes: int = 0
+    busiest_rank_bytes: int = 0
+    busiest_link_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A prune, before and after; `planner` is None if TorchRec finds no plan for what is left."""
+
+    world_size: int
+    memory: str
+    size_before: Size
+    size_after: Size
+    before: PlanFigures
+    sticky: PlanFigures
+    planner: PlanFigures | None
+    comparison: Comparison
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def what_if(
+    model: nn.Module,
+    smaller_model: nn.Module,
+    planner: EmbeddingShardingPlanner,
+    sharders: Sharders,
+    steps_left: int | None = None,
+) -> WhatIf:
+    """Plans a model and what a prune leaves of it, and compares staying with moving.
+
+    Shows a progress bar on stderr, if that is a terminal.
+
+    Args:
+        model: unsharded, may be on meta.
+        smaller_model: the same after the prune, under the same fqns.
+        planner: for `model`.
+        sharders: as for `DistributedModelParallel`.
+        steps_left: of the training after the prune; None if unknown.
+
+    Raises:
+        ValueError: if TorchRec's planner finds no plan for `model`.
+    """
+    topology = planner._topology
+    tables = shardable_tables(smaller_model, sharders)
+    narrowed = narrowed_planner(planner, model, smaller_model)
+    with tqdm(total=4, disable=None, leave=False) as progress:
+        with _stage(progress, "planning the model"):
+            old_plan, seconds = _planned(planner, model, sharders)
+            old = estimate_as(planner, old_plan, model, sharders)
+        with _stage(progress, "planning what is left"):
+            try:
+                new_plan, new_seconds = _planned(narrowed, smaller_model, sharders)
+            except ValueError:
+                new_plan, new_seconds = None, None
+        with _stage(progress, "what if tables stay"):
+            sticky = sticky_plan(old_plan, smaller_model)
+            links = _links(old_plan, sticky, tables, topology)
+            staying = _figures(estimate_as(narrowed, sticky, smaller_model, sharders), topology)
+        moving, new_links = None, None
+        with _stage(progress, "what if tables move"):
+            if new_plan is not None:
+                new_links = _links(old_plan, new_plan, tables, topology)
+                new = estimate_as(narrowed, new_plan, smaller_model, sharders)
+                moving = _figures(new, topology, new_seconds, new_links)
+    return WhatIf(
+        world_size=topology.world_size,
+        memory=device_memory(topology),
+        size_before=_size(shardable_tables(model, sharders)),
+        size_after=_size(tables),
+        before=_figures(old, topology, seconds),
+        sticky=staying,
+        planner=moving,
+        comparison=compare(
+            staying.step_ms,
+            links,
+            moving.step_ms if moving else None,
+            new_links,
+            topology,
+            steps_left,
+        ),
+    )
+
+
+def _planned(
+    planner: EmbeddingShardingPlanner, model: nn.Module, sharders: Sharders
+) -> tuple[ShardingPlan, float]:
+    start = time.perf_counter()
+    try:
+        plan = planner.plan(model, list(sharders))
+    except PlannerError as error:
+        raise ValueError(f"TorchRec's planner finds no plan: {error}") from error
+    return plan, time.perf_counter() - start
+
+
+def _links(
+    old: ShardingPlan, new: ShardingPlan, tables: Sequence[ShardableTable], topology: Topology
+) -> NDArray[np.int64]:
+    def moves() -> Iterator[TableMove]:
+        for table in tables:
+            rows, columns = table.weight.shape
+            sources, targets = (
+                shards_of(sharding_of(plan, table), rows, columns, topology.world_size)
+                for plan in (old, new)
+            )
+            yield TableMove(
+                table.name, sources, targets, table.bytes_per_element, table.bytes_per_row
+            )
+
+    return link_bytes(moves(), topology.world_size)
+
+
+def _figures(
+    estimated: PlanEstimate,
+    topology: Topology,
+    planner_seconds: float | None = None,
+    links: NDArray[np.int64] | None = None,
+) -> PlanFigures:
+    held = estimated.device_bytes(topology)
+    between = np.zeros((1, 1), np.int64) if links is None else links - np.diag(np.diag(links))
+    return PlanFigures(
+        rank_bytes=(int(held.min()), int(np.median(held)), int(held.max())),
+        step_ms=estimated.step_ms,
+        planner_seconds=planner_seconds,
+        moved_bytes=int(between.sum()),
+        busiest_rank_bytes=int(max(between.sum(0).max(), between.sum(1).max())),
+        busiest_link_bytes=int(between.max()),
+    )
+
+
+def _size(tables: Sequence[ShardableTable]) -> Size:
+    return Size(
+        features=len({feature for table in tables for feature in table.features}),
+        tables=len(tables),
+        parameters=sum(table.weight.numel() for table in tables),
+        bytes=sum(table.parameter_bytes for table in tables),
+    )
+
+
+@contextmanager
+def _stage(progress: tqdm[NoReturn], description: str) -> Iterator[None]:
+    progress.set_description(description)
+    yield
+    progress.update()
