@@ -24,20 +24,24 @@ if TYPE_CHECKING:
     from torchrec_fmp.gates.penalty import L0Penalty as L0Penalty
     from torchrec_fmp.gates.penalty import TargetPenalty as TargetPenalty
     from torchrec_fmp.gates.sharded import sharders as sharders
+    from torchrec_fmp.manifest import Manifest as Manifest
+    from torchrec_fmp.planning.costs import costs as costs
     from torchrec_fmp.policies.closed_gates import ClosedGates as ClosedGates
     from torchrec_fmp.policies.from_file import FromFile as FromFile
     from torchrec_fmp.policies.policy import decide as decide
     from torchrec_fmp.policies.selection import Selection as Selection
     from torchrec_fmp.policies.top_fraction import TopFraction as TopFraction
-    from torchrec_fmp.pruning import Manifest as Manifest
+    from torchrec_fmp.preparation import dry_run as dry_run
     from torchrec_fmp.pruning import ParityError as ParityError
     from torchrec_fmp.pruning import prune as prune
+    from torchrec_fmp.reshard.reshard import MoveConfig as MoveConfig
     from torchrec_fmp.scores.gate_scores import gate_scores as gate_scores
     from torchrec_fmp.surgery.rules import cut_rule as cut_rule
     from torchrec_fmp.train import GateSchedule as GateSchedule
 
 # Imported at first use, so that `torchrec-fmp doctor` runs where torch cannot be imported.
 _HOMES = {
+    "dry_run": "preparation",
     "attach_gates": "gates.attach",
     "feature_gates": "gates.attach",
     "gate_optimizer": "gates.attach",
@@ -46,14 +50,16 @@ _HOMES = {
     "L0Penalty": "gates.penalty",
     "TargetPenalty": "gates.penalty",
     "sharders": "gates.sharded",
+    "costs": "planning.costs",
     "ClosedGates": "policies.closed_gates",
     "FromFile": "policies.from_file",
     "decide": "policies.policy",
     "Selection": "policies.selection",
     "TopFraction": "policies.top_fraction",
-    "Manifest": "pruning",
+    "Manifest": "manifest",
     "ParityError": "pruning",
     "prune": "pruning",
+    "MoveConfig": "reshard.reshard",
     "gate_scores": "scores.gate_scores",
     "cut_rule": "surgery.rules",
     "GateSchedule": "train",

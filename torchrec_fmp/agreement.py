@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+_PATIENCE = timedelta(minutes=30)
+_POLL_SECONDS = 0.5
+_WHOLE = "whole"
+
+# How many agreements each process group has had: all ranks count alike.
+_agreements: Counter[str] = Counter()
+
+
+class PeerError(RuntimeError):
+    """Another rank does not answer: what is wrong lies there, if that rank can say it."""
 
 
 def broadcast_text(text: str | None, group: dist.ProcessGroup, device: torch.device) -> str:
@@ -44,25 +58,135 @@ def check_equal(digest: str, what: str, group: dist.ProcessGroup) -> None:
 
 
 @contextmanager
-def all_or_none(what: str, group: dist.ProcessGroup) -> Iterator[None]:
+def all_or_none(
+    what: str, group: dist.ProcessGroup, timeout: timedelta = _PATIENCE
+) -> Iterator[Callable[[], None]]:
     """Work that each rank does on its own, and that fails on all ranks if it fails on any.
 
+    The ranks agree through the group's store, which still answers when a rank has died, unless it
+    is the one that serves the store.
+
+    Args:
+        what: the work, for errors.
+        group: process group.
+        timeout: how long to wait for the slowest rank.
+
+    Yields:
+        A function that raises RuntimeError if another rank has failed meanwhile: long work calls
+        it now and then.
+
     Raises:
-        RuntimeError: on the ranks that succeeded, if another failed; names it and its error. A rank
-            that failed raises its own error.
+        RuntimeError: on the ranks that succeeded, or that lost a rank that failed, if another
+            failed or is not done in time; names it and its error. A rank that failed for a reason
+            of its own raises its own error.
     """
-    error: Exception | None = None
+    store = group.get_group_store()
+    _agreements[group.group_name] += 1
+    prefix = f"torchrec_fmp/{_agreements[group.group_name]}"
+    verdict = f"{prefix}/verdict"
+    rank, world_size = dist.get_rank(group), group.size()
+
+    def check() -> None:
+        with _store_answers(what):
+            said = store.get(verdict).decode() if store.check([verdict]) else _WHOLE
+        if said != _WHOLE:
+            raise RuntimeError(f"{what} failed on {said}")
+
+    try:
+        yield check
+    except Exception as error:
+        own = f"rank {rank}: {error!r}"
+        said = own
+        # Without its store, the others notice on their own.
+        with suppress(dist.DistNetworkError):
+            said = store.compare_set(verdict, "", own).decode()
+        if said != own and isinstance(error, PeerError):
+            raise RuntimeError(f"{what} failed on {said}") from error
+        raise
+    with _store_answers(what):
+        done = store.add(f"{prefix}/done", 1)
+        if done == world_size:
+            store.compare_set(verdict, "", _WHOLE)
+        try:
+            store.wait([verdict], timeout)
+        except RuntimeError as error:  # A DistStoreError of a TCPStore, but not of a FileStore.
+            done = store.add(f"{prefix}/done", 0)
+            late = (
+                f"{what} failed: {world_size - done} of {world_size} ranks did not end in {timeout}"
+            )
+            # The late ones are to fail as well, unless the last has ended just now.
+            said = store.compare_set(verdict, "", f"rank {rank}: {late}").decode()
+            if said != _WHOLE:
+                raise RuntimeError(late) from error
+    check()
+
+
+@contextmanager
+def _store_answers(what: str) -> Iterator[None]:
+    """Says what it means if the store does not answer."""
     try:
         yield
-    except Exception as raised:
-        error = raised
-    errors: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(errors, None if error is None else repr(error), group=group)
-    if error is not None:
-        raise error
-    for rank, message in enumerate(errors):
-        if message is not None:
-            raise RuntimeError(f"{what} failed on rank {rank}: {message}")
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"{what} failed: the store that the ranks agree through does not answer, so rank 0 or "
+            f"the launcher, whichever serves it, has ended: {error}"
+        ) from error
+
+
+class Lease:
+    """Permission to write to some memory, which ends when the memory is freed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended = False
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Holds off the end while something is written.
+
+        Raises:
+            PeerError: if the lease has ended.
+        """
+        with self._lock:
+            if self._ended:
+                raise PeerError("the work was given up, because another rank failed")
+            yield
+
+    def end(self) -> None:
+        """Waits for what is being written, and lets nothing more be."""
+        with self._lock:
+            self._ended = True
+
+
+def watched(work: Callable[[], None], check: Callable[[], None]) -> None:
+    """Runs work that may wait for other ranks, and gives up on it when one of them has failed.
+
+    The work runs in a thread: nothing can interrupt a gloo transfer whose peer never answers, so
+    it is left to its process group's timeout.
+
+    Args:
+        work: what to run.
+        check: raises if another rank has failed; see `all_or_none`.
+
+    Raises:
+        Exception: what `work` or `check` raises.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="torchrec_fmp", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        if thread.is_alive():
+            check()
+    if errors:
+        raise errors[0]
 
 
 def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -24,13 +24,14 @@ from torchrec_fmp.data.reader import Reader
 from torchrec_fmp.data.schema import Schema
 from torchrec_fmp.gates.attach import attach_gates, feature_gates, gate_optimizer
 from torchrec_fmp.gates.sharded import sharders
+from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.metrics import Metrics, evaluate
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.models.backbone import table_name
-from torchrec_fmp.planning import make_planner
+from torchrec_fmp.planning.planner import make_planner
 from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.pruning import Manifest, prune
+from torchrec_fmp.pruning import prune
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.run_directory import RunDirectory
 from torchrec_fmp.scores.gate_scores import gate_scores
@@ -232,6 +233,9 @@ class Pipeline:
             planner=self._planner,
             batch=self._first_test_batch(),
             tolerance=self._config.parity_tolerance,
+            replan=self._config.replan,
+            steps_left=(self._rows - self._pretrain_rows) // self._config.train.batch_size,
+            move=self._config.move,
         )
         if self._directory:
             self._directory.write_json("manifest.json", pruned.manifest.describe())

@@ -1,82 +1,37 @@
-"""`prune`: from a running gated model to the smaller one, weights and optimizer state carried over.
+"""`prune`: from a running model to the smaller one, weights and optimizer state carried over.
 
-A transaction: until every rank agrees that the new model computes what the gated one does, the old
-model and its optimizer are untouched.
+A transaction: until every rank agrees that the new model computes what the old one does, the old
+model and its optimizer are whole and usable.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
-from torchrec_fmp.agreement import all_or_none, check_equal, largest
-from torchrec_fmp.gates.attach import feature_gates
-from torchrec_fmp.planning import describe_plan
+from torchrec_fmp.agreement import Lease, all_or_none, largest
+from torchrec_fmp.manifest import Manifest
+from torchrec_fmp.planning.choice import Planner
+from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.reshard.dense import carry_optimizer, fill_dense
-from torchrec_fmp.reshard.reshard import reshard_tables
-from torchrec_fmp.surgery.blueprint import Blueprint, blueprint
-from torchrec_fmp.surgery.cut import Cut, cut, parameter_count, table_bytes
-from torchrec_fmp.surgery.parity import parity
+from torchrec_fmp.preparation import Work, prepare
+from torchrec_fmp.reshard.data_parallel import crossing
+from torchrec_fmp.reshard.dense import fill_dense
+from torchrec_fmp.reshard.dense_optimizer import carry_optimizer, check_optimizer
+from torchrec_fmp.reshard.reshard import MoveConfig, check_layouts, reshard_tables
+from torchrec_fmp.reshard.staging import HostStage, release
+from torchrec_fmp.reshard.tables import Tables, tables
+from torchrec_fmp.surgery.parity import Forward, compare, outputs_after, outputs_before
 
 _logger = logging.getLogger(__name__)
-
-
-class Planner(Protocol):
-    """What `prune` needs of a planner; TorchRec's `EmbeddingShardingPlanner` is one."""
-
-    def collective_plan(
-        self,
-        module: nn.Module,
-        sharders: list[ModuleSharder[Any]],
-        pg: dist.ProcessGroup,
-    ) -> ShardingPlan:
-        """A plan for the module, the same on every rank."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prune did.
-
-    Args:
-        selection: the decisions.
-        dense_columns: fqn of a module that reads gated dense columns -> the columns it reads now,
-            in order; give the pruned model these.
-        table_bytes: of all embedding tables, before and after.
-        parameters: before and after, tables included.
-        plans: TorchRec's plans, before and after.
-        parity_max_abs: max abs difference of the outputs over all ranks; None without a batch.
-    """
-
-    selection: Selection
-    dense_columns: Mapping[str, tuple[str, ...]]
-    table_bytes: tuple[int, int]
-    parameters: tuple[int, int]
-    plans: tuple[ShardingPlan, ShardingPlan]
-    parity_max_abs: float | None
-
-    def describe(self) -> dict[str, Any]:
-        """Plain data for reports: everything but the decisions, which have a file of their own."""
-        when = ("before", "after")
-        return {
-            "dropped": self.selection.dropped,
-            "dense_columns": {fqn: list(names) for fqn, names in self.dense_columns.items()},
-            "table_bytes": dict(zip(when, self.table_bytes, strict=True)),
-            "parameters": dict(zip(when, self.parameters, strict=True)),
-            "plans": {w: describe_plan(p) for w, p in zip(when, self.plans, strict=True)},
-            "parity_max_abs": self.parity_max_abs,
-        }
 
 
 class Pruned(NamedTuple):
@@ -88,7 +43,12 @@ class Pruned(NamedTuple):
 
 
 class ParityError(RuntimeError):
-    """The pruned model does not compute what the gated model computes; nothing was changed."""
+    """The pruned model does not compute what the old model computes; nothing was changed."""
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """`model(batch)`."""
+    return model(batch)
 
 
 def prune(
@@ -98,7 +58,11 @@ def prune(
     *,
     planner: Planner,
     batch: Any = None,
+    forward: Forward = call,
     tolerance: float = 1e-6,
+    replan: Replan = "auto",
+    steps_left: int | None = None,
+    move: MoveConfig | None = None,
 ) -> Pruned:
     """Drops the features that the selection drops, and everything that only they needed.
 
@@ -107,96 +71,136 @@ def prune(
     their new places. The new model holds plain TorchRec modules under the original fqns.
 
     Args:
-        model: the sharded model, gated or not; not changed, free it afterwards.
+        model: the sharded model, gated or not. Free it afterwards; until then it can be used,
+            unless its tables were staged in host memory.
         optimizer: of the dense parameters, or TorchRec's `CombinedOptimizer` of all. The returned
-            one belongs to the new model; schedulers that refer to it go on working.
+            one belongs to the new model; schedulers that refer to it go on working. A table that
+            becomes data-parallel joins its first param group that holds data-parallel tables, or
+            else its first that holds dense parameters; see docs/optimizer_state.md.
         selection: the same on every rank.
-        planner: for the new plan.
-        batch: an input of the gated model, on each rank its own, to compare the two models on.
-            Needs gates on every feature that the selection changes.
+        planner: for the new plan, such as the one that planned the model.
+        batch: an input of the old model, on each rank its own, to compare the two models on.
+        forward: runs a model on the batch, where that is not `model(batch)`.
         tolerance: largest difference allowed, absolute where the outputs are below 1 and relative
             to the largest output above, as fp32 rounds.
+        replan: `planner` takes the planner's new plan; `sticky` leaves the tables that survive
+            where they are; `auto` decides by the planner's estimates, and the manifest says why.
+        steps_left: that are to be trained, which `auto` holds against the time of the move; None
+            if unknown, which counts as many.
+        move: how tables move.
 
     Raises:
         ParityError: if the outputs differ by more than the tolerance on any rank.
-        RuntimeError: if ranks were given different selections.
-        TypeError: if a module reads a dropped feature and has no cut rule.
-        ValueError: if the selection does not fit the model, or the optimizer does not, or the gated
+        RuntimeError: if ranks were given different selections, or another rank failed.
+        TypeError: if a module reads a dropped feature and has no cut rule, or the optimizer keeps
+            parameters anywhere but in its param groups.
+        ValueError: if the selection does not fit the model, or the optimizer does not, or the old
             model's output on the batch is not finite.
     """
-    group = model._env.process_group
-    if group is None:
-        raise ValueError("the model was sharded without a process group; prune needs one")
-    check_equal(selection.digest(), "the selection", group)
-    _check_decided(model, selection)
-    old = blueprint(model)
-    smaller = cut(old, selection)
-    # Sharding replaces the tables of the smaller model in place.
-    bytes_after, parameters_after = table_bytes(smaller.model), parameter_count(smaller.model)
-    check_equal(smaller.cut_map.digest(), "the cut", group)
-    # Building modules draws initial weights, which are overwritten: the job's own random numbers
-    # go on as if nothing had happened.
-    devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.random.fork_rng(devices, device_type=model.device.type):
-        new = _shard(smaller, model, old, planner, group)
-    reshard_tables(model, new, smaller.cut_map)
-    with all_or_none("preparing the optimizer", group):
-        commit = carry_optimizer(optimizer, model, new, smaller.cut_map, old.sources)
-    max_abs = None
-    if batch is not None:
-        _check_gated(model, selection)
-        difference = parity(model, new, selection, batch, old.dense_features)
-        max_abs = largest(difference.max_abs, group, model.device)
-        relative = largest(difference.relative, group, model.device)
-        if math.isnan(max_abs):
-            raise ValueError(
-                "the gated model's output is not finite on this batch, so the pruned model cannot "
-                "be compared with it: nothing was changed"
-            )
-        if not relative <= tolerance:
-            raise ParityError(
-                f"pruned and gated outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "
-                f"largest), more than {tolerance:.3g}: a cut rule does not do what its module "
-                "computes. Nothing was changed"
-            )
-    new.train(model.training)
-    manifest = Manifest(
-        selection=selection,
-        dense_columns={
-            fqn: tuple(name for name in names if name not in selection.dropped)
-            for fqn, names in old.dense_features.items()
-        },
-        table_bytes=(table_bytes(old.model), bytes_after),
-        parameters=(parameter_count(old.model), parameters_after),
-        plans=(model.plan, new.plan),
-        parity_max_abs=max_abs,
+    move = move or MoveConfig()
+    work = prepare(
+        model, selection, planner=planner, replan=replan, steps_left=steps_left, move=move
     )
+    cut_map, sources = work.smaller.cut_map, work.blueprint.sources
+    with all_or_none("checking the optimizer", work.group, move.timeout):
+        check_optimizer(optimizer, model, cut_map, sources)
+    expected: list[Tensor] = []
+    if batch is not None:
+        expected = outputs_before(model, selection, batch, forward)
+    with _Room(work, move) as room:
+        new = _build(work)
+        filled = tables(new, work.group)
+        room.takes(filled)
+        with all_or_none("matching the optimizers' states", work.group, move.timeout):
+            cross = crossing(room.old, filled, cut_map, optimizer, model, sources)
+        check_layouts(cross.old, cross.new, cut_map)
+        reshard_tables(cross.old, cross.new, cut_map, work.group, model.device, move, room.lease)
+        with all_or_none("preparing the optimizer", work.group, move.timeout):
+            commit = carry_optimizer(optimizer, model, new, cut_map, sources, cross.finish())
+        manifest = work.manifest
+        if batch is not None:
+            dense_features = work.blueprint.dense_features
+            actual = outputs_after(new, selection, batch, forward, dense_features)
+            max_abs = _check_parity(expected, actual, tolerance, work)
+            manifest = dataclasses.replace(manifest, parity_max_abs=max_abs)
+        new.train(model.training)
     _logger.info("pruned %d of %d features", len(selection.dropped), len(selection.features))
     return Pruned(new, commit(), manifest)
 
 
-def _shard(
-    smaller: Cut,
-    model: DistributedModelParallel,
-    old: Blueprint,
-    planner: Planner,
-    group: dist.ProcessGroup,
-) -> DistributedModelParallel:
-    """The smaller model with its dense weights, sharded by a new plan; tables are not filled."""
-    with all_or_none("cutting the dense parameters", group):
-        fill_dense(smaller.model, _dense_tensors(model), smaller.cut_map, old.sources)
-    plan = planner.collective_plan(smaller.model, model.sharders, group)
-    return DistributedModelParallel(
-        smaller.model,
-        env=model._env,
-        device=model.device,
-        plan=plan,
-        sharders=model.sharders,
-        data_parallel_wrapper=model._data_parallel_wrapper,
-    )
+class _Room:
+    """Where the old tables are while the new ones are built and filled.
+
+    They stay in place, or are staged in host memory if the manifest says so. If anything fails,
+    the new tables' memory is freed before the old ones are given back to the old model.
+    """
+
+    def __init__(self, work: Work, move: MoveConfig) -> None:
+        self._work = work
+        self._move = move
+        self._stage: HostStage | None = None
+        self._new: Tables | None = None
+        self.lease: Lease | None = None
+        self.old = work.tables
+
+    def __enter__(self) -> _Room:
+        if self._work.manifest.staging == "host":
+            self.lease = Lease()
+            try:
+                with all_or_none("staging the tables", self._work.group, self._move.timeout):
+                    self._stage = HostStage(self._work.tables)
+            except BaseException:
+                self._give_back()
+                raise
+            self.old = self._stage.tables
+        return self
+
+    def takes(self, new: Tables) -> None:
+        """The new model's tables, once there are some."""
+        self._new = new
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self.lease is not None:
+            self.lease.end()
+        if self._stage is not None:
+            if self._new is not None:
+                release(self._new)
+            self._stage.restore()
 
 
-def _dense_tensors(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
+def _build(work: Work) -> DistributedModelParallel:
+    """The smaller model with its dense weights, sharded by the new plan; tables are not filled."""
+    model = work.model
+    with all_or_none("cutting the dense parameters", work.group):
+        fill_dense(
+            work.smaller.model,
+            _dense_tensors(model),
+            work.smaller.cut_map,
+            work.blueprint.sources,
+        )
+    # Building modules draws initial weights, which are overwritten: the job's own random numbers
+    # go on as if nothing had happened.
+    devices = [] if model.device.type == "cpu" else [model.device]
+    with torch.random.fork_rng(devices, device_type=model.device.type):
+        with all_or_none("building the smaller model", work.group):
+            new = DistributedModelParallel(
+                work.smaller.model,
+                env=model._env,
+                device=model.device,
+                plan=work.manifest.plans[1],
+                sharders=model.sharders,
+                init_data_parallel=False,
+                data_parallel_wrapper=model._data_parallel_wrapper,
+            )
+        new.init_data_parallel()
+    return new
+
+
+def _dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
     """Parameters and buffers outside of sharded collections."""
     sharded = tuple(
         f"{fqn}."
@@ -210,19 +214,23 @@ def _dense_tensors(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
     return {fqn: tensor for fqn, tensor in tensors if not fqn.startswith(sharded)}
 
 
-def _check_decided(model: nn.Module, selection: Selection) -> None:
-    """A gate without a decision would be lost: its feature would stay, unscaled."""
-    gated = [name for _, module in feature_gates(model) for name in module.features]
-    undecided = [name for name in gated if name not in selection.features]
-    if undecided:
-        raise ValueError(f"the selection has no decision for the gated features {undecided}")
-
-
-def _check_gated(model: nn.Module, selection: Selection) -> None:
-    gated = {name for _, module in feature_gates(model) for name in module.features}
-    changed = [name for name, gate in selection.gates.items() if gate != 1 and name not in gated]
-    if changed:
+def _check_parity(
+    expected: list[Tensor], actual: list[Tensor], tolerance: float, work: Work
+) -> float:
+    """Max abs difference over all ranks."""
+    with all_or_none("comparing the models", work.group):
+        difference = compare(expected, actual)
+    max_abs = largest(difference.max_abs, work.group, work.model.device)
+    relative = largest(difference.relative, work.group, work.model.device)
+    if math.isnan(max_abs):
         raise ValueError(
-            f"the features {changed} are dropped or scaled and have no gate, so the model cannot "
-            "be compared with the pruned one: attach gates, or pass no batch"
+            "the old model's output is not finite on this batch, so the pruned model cannot be "
+            "compared with it: nothing was changed"
         )
+    if not relative <= tolerance:
+        raise ParityError(
+            f"pruned and old outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "
+            f"largest), more than {tolerance:.3g}: a cut rule does not do what its module "
+            "computes. Nothing was changed"
+        )
+    return max_abs

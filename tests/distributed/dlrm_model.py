@@ -27,7 +27,7 @@ from torchrec.distributed.sharding_plan import (
 )
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 from torchrec.models.dlrm import DLRM, DLRMTrain
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -75,6 +75,9 @@ class Case:
         model_type: DLRM or a subclass.
         features: sparse ones that the model is built with.
         dense: dense columns that the model is built with.
+        device: that the tables are built on: `meta`, where they are not to be built twice.
+        data_type: of the tables.
+        kernel: that the tables run on, unless they are data-parallel.
     """
 
     sharding: str = "mixed"
@@ -87,6 +90,9 @@ class Case:
     model_type: type[DLRM] = DLRM
     features: tuple[str, ...] = FEATURES
     dense: tuple[str, ...] = DENSE
+    device: str = "cpu"
+    data_type: DataType = DataType.FP32
+    kernel: str = EmbeddingComputeKernel.FUSED.value
 
 
 @dataclass(frozen=True)
@@ -96,14 +102,15 @@ class FixedPlanner:
     Args:
         sharding: of every table, or `mixed`.
         first_rank: of the first table-wise table; the others follow.
+        kernel: of every table that is not data-parallel.
     """
 
     sharding: str = "mixed"
     first_rank: int = 0
+    kernel: str = EmbeddingComputeKernel.FUSED.value
 
-    def collective_plan(
-        self, module: nn.Module, sharders: list[ModuleSharder[Any]], pg: dist.ProcessGroup
-    ) -> ShardingPlan:
+    def plan(self, module: nn.Module, sharders: list[ModuleSharder[Any]]) -> ShardingPlan:
+        world_size = dist.get_world_size()
         by_type = {sharder.module_type: sharder for sharder in sharders}
         plan = {}
         for fqn, child in module.named_modules():
@@ -113,16 +120,16 @@ class FixedPlanner:
                 continue
             plan[fqn] = construct_module_sharding_plan(
                 child,
-                {c.name: self._sharding(c.name, pg.size()) for c in child.embedding_bag_configs()},
+                {c.name: self._sharding(c.name, world_size) for c in child.embedding_bag_configs()},
                 sharder=sharder,
-                local_size=pg.size(),
-                world_size=pg.size(),
+                local_size=world_size,
+                world_size=world_size,
                 device_type="cpu",
             )
         return ShardingPlan(plan)
 
     def _sharding(self, table: str, world_size: int) -> ParameterShardingGenerator:
-        kernel = EmbeddingComputeKernel.FUSED.value
+        kernel = self.kernel
         rank = (list(TABLES).index(table) + self.first_rank) % world_size
         sharding = MIXED[table] if self.sharding == "mixed" else self.sharding
         if sharding == "table_wise":
@@ -143,10 +150,14 @@ def build(case: Case) -> nn.Module:
             embedding_dim=DIM,
             num_embeddings=case.rows or rows,
             feature_names=[feature for feature in features if feature in case.features],
+            data_type=case.data_type,
         )
         for name, (rows, features) in TABLES.items()
     ]
-    collection = EmbeddingBagCollection(tables=[table for table in tables if table.feature_names])
+    collection = EmbeddingBagCollection(
+        tables=[table for table in tables if table.feature_names],
+        device=torch.device(case.device),
+    )
     if case.in_backward is not None:
         apply_optimizer_in_backward(case.in_backward, collection.parameters(), {"lr": 0.1})
     model: nn.Module = case.model_type(collection, len(case.dense), [12, DIM], [10, 1])
@@ -163,8 +174,7 @@ def shard(case: Case, model: nn.Module | None = None) -> DistributedModelParalle
     model = build(case) if model is None else model
     fused = {"optimizer": case.optimizer, "learning_rate": 0.1}
     all_sharders = sharders(None if case.in_backward else fused)
-    assert dist.group.WORLD is not None
-    plan = FixedPlanner(case.sharding).collective_plan(model, all_sharders, dist.group.WORLD)
+    plan = FixedPlanner(case.sharding, kernel=case.kernel).plan(model, all_sharders)
     return DistributedModelParallel(
         model, device=torch.device("cpu"), plan=plan, sharders=all_sharders
     )

@@ -38,7 +38,7 @@ from tests.distributed.process_group import ProcessGroup
 from tests.distributed.runs import Run, assert_equal_runs
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.sharded import sharders
-from torchrec_fmp.planning import PlannerConfig, describe_plan, make_planner
+from torchrec_fmp.planning.planner import PlannerConfig, describe_plan, make_planner
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pruning import Manifest, prune
 from torchrec_fmp.surgery.blueprint import blueprint

@@ -32,6 +32,7 @@ from tests.distributed.dlrm_model import (
 from tests.distributed.process_group import ProcessGroup
 from torchrec_fmp.pruning import prune
 from torchrec_fmp.reshard.local_shards import local_shards, sharded_collections
+from torchrec_fmp.reshard.reshard import MoveConfig
 from torchrec_fmp.surgery.blueprint import blueprint
 
 ROW_WISE_ADAGRAD = EmbOptimType.EXACT_ROWWISE_ADAGRAD
@@ -46,14 +47,17 @@ SURVIVORS = {"t_seven", "t_one", "t_shared"}
 Pieces = list[tuple[str, Piece]]
 
 
-def resharded(case: Case, to: list[str]) -> tuple[Pieces, list[Pieces]]:
+def resharded(
+    case: Case, to: list[str], move: MoveConfig | None = None
+) -> tuple[Pieces, list[Pieces]]:
     """What this rank held before, and after a prune to each of the shardings."""
     dmp, _ = trained(case)
     before = pieces(dmp)
     after = []
     for sharding in to:
         planner = FixedPlanner(sharding, first_rank=1)
-        after.append(pieces(prune(dmp, adam(dmp), select(GATES), planner=planner).model))
+        pruned = prune(dmp, adam(dmp), select(GATES), planner=planner, move=move)
+        after.append(pieces(pruned.model))
     return before, after
 
 
@@ -86,6 +90,25 @@ def test_surviving_rows_and_their_state_are_bit_equal_under_any_new_sharding(
         check_survivors(results, optimizer, new)
 
 
+@pytest.mark.parametrize(
+    ("move", "to"),
+    [
+        (MoveConfig(chunk_bytes=1), SHARDINGS),
+        # A message of this size ends within a part, and not at a multiple of the padding.
+        (MoveConfig(chunk_bytes=200, checksums=True), SHARDINGS),
+        # Staging takes the old model's tables, so there is one prune only.
+        (MoveConfig("host", chunk_bytes=200), ["column_wise"]),
+    ],
+    ids=["rows one by one", "small messages with checksums", "staged in host memory"],
+)
+def test_surviving_rows_are_bit_equal_however_they_move(
+    ranks_4: ProcessGroup, move: MoveConfig, to: list[str]
+) -> None:
+    results = ranks_4.run(resharded, Case("mixed"), list(to), move)
+    for new in range(len(to)):
+        check_survivors(results, ROW_WISE_ADAGRAD, new)
+
+
 def test_the_cases_include_what_is_awkward(ranks_4: ProcessGroup) -> None:
     results = ranks_4.run(resharded, Case("row_wise"), ["table_wise", "column_wise"])
     rows = [{piece[0][2] for table, piece in before if table == "t_seven"} for before, _ in results]
@@ -99,15 +122,15 @@ def test_the_cases_include_what_is_awkward(ranks_4: ProcessGroup) -> None:
     assert (state[:, : DIM // 4] != state[:, -DIM // 4 :]).any()
 
 
-def moved(case: Case, to: str) -> tuple[list[int], list[int]]:
-    """Elements of each buffer that this rank receives in a prune, and bytes of what it pickles."""
+def moved(case: Case, to: str, move: MoveConfig | None = None) -> tuple[list[int], list[int]]:
+    """Bytes of each message that this rank receives in a prune, and of what it pickles."""
     dmp, optimizer = trained(case)
     received: list[int] = []
     pickled: list[int] = []
     exchange, gather = dist.batch_isend_irecv, dist.all_gather_object
 
     def record(operations: list[dist.P2POp]) -> list[dist.Work]:
-        received.extend(op.tensor.numel() for op in operations if op.op is dist.irecv)
+        received.extend(op.tensor.nbytes for op in operations if op.op is dist.irecv)
         return exchange(operations)
 
     def weigh(objects: list[Any], own: Any, group: dist.ProcessGroup | None = None) -> None:
@@ -121,7 +144,8 @@ def moved(case: Case, to: str) -> tuple[list[int], list[int]]:
         mock.patch.object(dist, "all_gather_into_tensor", forbidden),
         mock.patch.object(dist, "gather", forbidden),
     ):
-        prune(dmp, optimizer, select(GATES), planner=FixedPlanner(to, first_rank=1))
+        planner = FixedPlanner(to, first_rank=1)
+        prune(dmp, optimizer, select(GATES), planner=planner, move=move)
     return received, pickled
 
 
@@ -132,21 +156,42 @@ def forbidden(*_: Any, **__: Any) -> None:
 ROWS = 402
 
 
-def test_no_rank_receives_more_of_a_table_than_its_new_shards_lack(ranks_2: ProcessGroup) -> None:
-    def weights_and_sums(rows: int, columns: int) -> list[int]:
-        return [rows * columns, rows]
+HALF = ROWS // 2
 
-    half = ROWS // 2
+
+def message(tables: int, columns: int) -> int:
+    """Bytes of weights and row-wise sums of half of the rows of some tables, as one message.
+
+    Between two parts there is padding to a multiple of 16 bytes.
+    """
+    weight, sums = 4 * HALF * columns, 4 * HALF
+    assert weight % 16 == 0
+    return tables * weight + (tables - 1) * -(-sums // 16) * 16 + sums
+
+
+def test_no_rank_receives_more_of_a_table_than_its_new_shards_lack(ranks_2: ProcessGroup) -> None:
     # Where the plan stays, nothing moves.
     for received, _ in ranks_2.run(moved, Case("row_wise", rows=ROWS), "row_wise"):
         assert received == []
     # Tables 1, 2, 3 (the first to the third survivor) go to ranks 1, 0, 1: half of each was there.
     first, second = ranks_2.run(moved, Case("row_wise", rows=ROWS), "table_wise")
-    assert first[0] == weights_and_sums(half, DIM)
-    assert second[0] == weights_and_sums(half, DIM) * 2
+    assert first[0] == [message(1, DIM)]
+    assert second[0] == [message(2, DIM)]
     # Every rank lacks a quarter of each of the three tables.
     for received, _ in ranks_2.run(moved, Case("row_wise", rows=ROWS), "column_wise"):
-        assert received == weights_and_sums(half, DIM // 2) * 3
+        assert received == [message(3, DIM // 2)]
+
+
+def test_messages_are_as_small_as_asked_for_and_as_large_as_they_may_be(
+    ranks_2: ProcessGroup,
+) -> None:
+    size = 4096
+    move = MoveConfig(chunk_bytes=size)
+    for received, _ in ranks_2.run(moved, Case("row_wise", rows=ROWS), "column_wise", move):
+        # Two messages each way are under way at once.
+        assert max(received) == size // 4
+        lacking = 3 * HALF * (4 * DIM // 2 + 4)
+        assert lacking <= sum(received) < lacking + 16 * (len(received) + 6)
 
 
 @pytest.mark.parametrize("to", SHARDINGS)

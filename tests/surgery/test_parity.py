@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from tests.surgery.gated_model import gated_model
 from tests.surgery.selections import select
 from torchrec_fmp.gates.attach import feature_gates
-from torchrec_fmp.surgery.parity import Difference, evaluation, gates_fixed, parity
+from torchrec_fmp.surgery.parity import (
+    Difference,
+    compare,
+    evaluation,
+    gates_fixed,
+    outputs_after,
+    outputs_before,
+)
 
 
 class Answers(nn.Module):
@@ -26,8 +33,14 @@ class Answers(nn.Module):
         return {"logits": self.values, "labels": batch}
 
 
+def call(model: nn.Module, batch: Tensor) -> object:
+    return model(batch)
+
+
 def difference(old: nn.Module, new: nn.Module) -> Difference:
-    return parity(old, new, select(), torch.tensor([1, 2]), {})
+    batch = torch.tensor([1, 2])
+    expected = outputs_before(old, select(), batch, call)
+    return compare(expected, outputs_after(new, select(), batch, call, {}))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +68,7 @@ def test_an_old_output_that_is_not_finite_can_be_told_from_a_difference(value: f
 
 
 def test_outputs_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"gated model returns \[\(2,\)\], the pruned .*\(3,\)"):
+    with pytest.raises(ValueError, match=r"old model returns \[\(2,\)\], the pruned .*\(3,\)"):
         difference(Answers(1.0, 2.0), Answers(1.0, 2.0, 3.0))
 
 
@@ -71,10 +84,32 @@ class Narrow(nn.Module):
 def test_the_pruned_model_gets_the_columns_that_stay() -> None:
     batch = torch.tensor([[1.0, 0.0, 4.0]])
     names = {"bottom": ("x", "y", "z")}
-    new = Narrow()
-    assert parity(Narrow(), new, select(y=0), batch, names) == Difference(0, 0)
-    assert parity(Narrow(), new, select(z=0), batch, names).max_abs == 4
+    old, new = Narrow(), Narrow()
+    for dropped, sum_of_rest in (("y", 5.0), ("z", 1.0)):
+        selection = select(**{dropped: 0})
+        assert outputs_before(old, selection, batch, call)[0].tolist() == [5.0]
+        (after,) = outputs_after(new, selection, batch, call, names)
+        assert after.tolist() == [sum_of_rest]
     assert not new.bottom._forward_pre_hooks
+
+
+def test_an_error_in_the_pruned_model_leaves_no_hook_and_its_mode() -> None:
+    new = Narrow()
+    with pytest.raises(KeyError):
+        outputs_after(new, select(y=0), torch.ones(1, 3), fail, {"bottom": ("x", "y", "z")})
+    assert not new.bottom._forward_pre_hooks and new.training
+
+
+def fail(model: nn.Module, batch: Tensor) -> object:
+    raise KeyError(batch)
+
+
+def test_the_users_own_forward_is_what_runs() -> None:
+    def doubled(model: nn.Module, batch: Tensor) -> Tensor:
+        return 2 * model(batch)
+
+    (output,) = outputs_before(Narrow(), select(), torch.tensor([[1.0, 2.0]]), doubled)
+    assert output.tolist() == [6.0]
 
 
 def test_evaluation_gives_every_module_its_own_mode_back() -> None:

@@ -1,18 +1,26 @@
-"""Boxes: which part of a table a rank holds, and which part goes from where to where.
-
-Pure functions of shard metadata, so every rank computes the same transfers without communication.
-"""
+"""Which part of a table each rank holds, as arrays: a table may have a shard on every rank."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torchrec.distributed.types import ParameterSharding, ShardingType
 
+# Rows [row, row + rows) and columns [column, column + columns) of a table, on a rank.
+SHARD = np.dtype(
+    [
+        ("rank", np.int64),
+        ("row", np.int64),
+        ("column", np.int64),
+        ("rows", np.int64),
+        ("columns", np.int64),
+    ]
+)
 
-@dataclass(frozen=True, order=True)
-class Box:
+
+class Box(NamedTuple):
     """Rows [row, row + rows) and columns [column, column + columns) of a table."""
 
     row: int
@@ -20,66 +28,31 @@ class Box:
     rows: int
     columns: int
 
-    def intersect(self, other: Box) -> Box | None:
-        """What both cover, None if nothing."""
-        row = max(self.row, other.row)
-        column = max(self.column, other.column)
-        rows = min(self.row + self.rows, other.row + other.rows) - row
-        columns = min(self.column + self.columns, other.column + other.columns) - column
-        return Box(row, column, rows, columns) if rows > 0 and columns > 0 else None
 
+def shards_of(
+    sharding: ParameterSharding, rows: int, columns: int, world_size: int
+) -> NDArray[np.void]:
+    """All shards of a table that are not empty, in the plan's order.
 
-@dataclass(frozen=True, order=True)
-class Shard:
-    """A box of a table and the rank that holds it."""
+    Every rank holds a data-parallel table whole.
 
-    rank: int
-    box: Box
+    Args:
+        sharding: from the plan.
+        rows: of the table.
+        columns: of the table.
+        world_size: number of ranks.
 
-
-@dataclass(frozen=True)
-class Transfer:
-    """`box` goes from one shard to another, which may lie on the same rank."""
-
-    source: Shard
-    target: Shard
-    box: Box
-
-
-def shards_of(sharding: ParameterSharding, rows: int, columns: int, world_size: int) -> list[Shard]:
-    """All shards of a table, in the plan's order; every rank holds a data-parallel table whole."""
-    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
-        return [Shard(rank, Box(0, 0, rows, columns)) for rank in range(world_size)]
-    assert sharding.sharding_spec is not None
-    shards = []
-    for shard in sharding.sharding_spec.shards:
-        (row, column), (height, width) = shard.shard_offsets, shard.shard_sizes
-        shards.append(Shard(shard.placement.rank(), Box(row, column, height, width)))
-    return [shard for shard in shards if shard.box.rows > 0 and shard.box.columns > 0]
-
-
-def plan_transfers(sources: Sequence[Shard], targets: Sequence[Shard]) -> list[Transfer]:
-    """Covers every element of every target shard exactly once.
-
-    Where several ranks hold a box (a data-parallel table), the target's own copy is taken, or else
-    the lowest rank's.
-
-    Raises:
-        ValueError: if the sources do not cover a target.
+    Returns:
+        (S,) of dtype `SHARD`.
     """
-    distinct: dict[Box, list[Shard]] = {}
-    for shard in sources:
-        distinct.setdefault(shard.box, []).append(shard)
-    transfers = []
-    for target in targets:
-        covered = 0
-        for box, holders in distinct.items():
-            overlap = box.intersect(target.box)
-            if overlap is None:
-                continue
-            source = min(holders, key=lambda holder: (holder.rank != target.rank, holder.rank))
-            transfers.append(Transfer(source, target, overlap))
-            covered += overlap.rows * overlap.columns
-        if covered != target.box.rows * target.box.columns:
-            raise ValueError(f"the old shards do not cover {target} exactly once: {list(sources)}")
-    return transfers
+    if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+        return np.array([(rank, 0, 0, rows, columns) for rank in range(world_size)], dtype=SHARD)
+    assert sharding.sharding_spec is not None
+    shards = np.array(
+        [
+            (shard.placement.rank(), *shard.shard_offsets, *shard.shard_sizes)
+            for shard in sharding.sharding_spec.shards
+        ],
+        dtype=SHARD,
+    )
+    return shards[(shards["rows"] > 0) & (shards["columns"] > 0)]

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.batched_embedding_kernel import (
+    BatchedDenseEmbedding,
     BatchedDenseEmbeddingBag,
+    BatchedFusedEmbedding,
     BatchedFusedEmbeddingBag,
 )
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 
-from torchrec_fmp.gates.sharded import ShardedGatedEmbeddingBagCollection
+from torchrec_fmp.gates.sharded import ShardedGatedCollection
 from torchrec_fmp.reshard.boxes import Box
+from torchrec_fmp.surgery.rules import join_fqn
+
+ShardedCollection: TypeAlias = ShardedEmbeddingBagCollection | ShardedEmbeddingCollection
+_FUSED = (BatchedFusedEmbeddingBag, BatchedFusedEmbedding)
+_DENSE = (BatchedDenseEmbeddingBag, BatchedDenseEmbedding)
 
 
 @dataclass(frozen=True)
@@ -27,36 +36,65 @@ class LocalShard:
         table: name.
         box: the part of the table.
         weight: (rows, columns).
-        states: of the fused optimizer, by FBGEMM's names; each (rows,) or (rows, columns). Empty
-            for a data-parallel table, whose state lies in the dense optimizer.
+        states: of the optimizer, by the names that FBGEMM and `torch.optim` share, such as `sum`;
+            each (rows,) or (rows, columns). Empty for a data-parallel table, whose state lies in
+            the dense optimizer.
         kernel: the module that runs the lookup.
     """
 
     table: str
     box: Box
     weight: Tensor
-    states: dict[str, Tensor]
-    kernel: BatchedFusedEmbeddingBag | BatchedDenseEmbeddingBag
+    states: Mapping[str, Tensor]
+    kernel: Any
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the optimizer is part of the lookup's backward pass."""
+        return isinstance(self.kernel, _FUSED)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Weight and states, in an order that all ranks share."""
+        return {"weight": self.weight, **dict(sorted(self.states.items()))}
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The table's parameter, which the dense optimizer has if the table is data-parallel."""
+        return dict(self.kernel.named_parameters_by_table())[self.table]
 
 
-def sharded_collections(model: nn.Module) -> dict[str, ShardedEmbeddingBagCollection]:
+def sharded_collections(model: nn.Module) -> dict[str, ShardedCollection]:
     """Every sharded collection by its fqn in the bare model, where no gates wrap it."""
-    collections = {}
+    collections: dict[str, ShardedCollection] = {}
     gated: set[int] = set()
     for fqn, module in get_unwrapped_module(model).named_modules():
-        if isinstance(module, ShardedGatedEmbeddingBagCollection):
-            collections[fqn] = module._embedding_bag_collection
-            gated.add(id(module._embedding_bag_collection))
-        elif isinstance(module, ShardedEmbeddingBagCollection) and id(module) not in gated:
+        if isinstance(module, ShardedGatedCollection):
+            collections[fqn] = module.collection
+            gated.add(id(module.collection))
+        elif isinstance(module, ShardedCollection) and id(module) not in gated:
             collections[fqn] = module
     return collections
 
 
-def local_shards(collection: ShardedEmbeddingBagCollection) -> Iterator[LocalShard]:
+def tables_of(collection: ShardedCollection) -> list[BaseEmbeddingConfig]:
+    """The configs of a collection's tables."""
+    if isinstance(collection, ShardedEmbeddingBagCollection):
+        return list(collection._embedding_bag_configs)
+    return list(collection._embedding_configs)
+
+
+def table_fqn(fqn: str, collection: ShardedCollection, table: str) -> str:
+    """Fqn of a table's weight in the bare model, where the collection has `fqn`."""
+    bags = isinstance(collection, ShardedEmbeddingBagCollection)
+    return join_fqn(fqn, f"{'embedding_bags' if bags else 'embeddings'}.{table}.weight")
+
+
+def local_shards(collection: ShardedCollection) -> Iterator[LocalShard]:
     """The local shards of a collection.
 
     Raises:
-        TypeError: for a compute kernel other than fused and dense.
+        TypeError: for a compute kernel other than fused (with or without UVM) and dense.
     """
     for lookup in collection._lookups:
         while isinstance(lookup, DistributedDataParallel):
@@ -66,22 +104,25 @@ def local_shards(collection: ShardedEmbeddingBagCollection) -> Iterator[LocalSha
 
 
 def _shards_of_kernel(kernel: Any) -> Iterator[LocalShard]:
-    if not isinstance(kernel, (BatchedFusedEmbeddingBag, BatchedDenseEmbeddingBag)):
+    # Subclasses of these keep their weights in other places.
+    if type(kernel) not in (*_FUSED, *_DENSE):
         raise TypeError(
             f"tables {[table.name for table in kernel._config.embedding_tables]} run on "
-            f"{type(kernel).__name__}; the kernels that can be resharded are fused and dense"
+            f"{type(kernel).__name__}; the kernels that can be resharded are fused, fused_uvm, "
+            "fused_uvm_caching and dense"
         )
     # What a cached kernel has changed is written back to the table first.
     kernel.flush()
     tables = kernel._config.embedding_tables
     weights = kernel.split_embedding_weights()
     states: list[dict[str, Tensor]] = [{} for _ in tables]
-    if isinstance(kernel, BatchedFusedEmbeddingBag) and kernel.emb_module.split_optimizer_states():
+    if type(kernel) in _FUSED and kernel.emb_module.split_optimizer_states():
         states = kernel.emb_module.get_optimizer_state()
     for table, weight, state in zip(tables, weights, states, strict=True):
         metadata = table.local_metadata
         row, column = metadata.shard_offsets if metadata is not None else (0, 0)
+        # SGD's kernel reports an empty placeholder, others the step counter, which all tables of a
+        # kernel share.
+        kept = {name: t for name, t in state.items() if t.numel() > 0 and name != "iter"}
         box = Box(row, column, *weight.shape)
-        # SGD's kernel reports an empty placeholder.
-        kept = {name: tensor for name, tensor in state.items() if tensor.numel() > 0}
         yield LocalShard(table.name, box, weight.detach(), kept, kernel)

@@ -1,106 +1,173 @@
-"""Moves tables from rank to rank, box by box.
+"""Exchanges parts of tables between ranks, in messages of bounded size.
 
-A rank holds its old and its new shards and, of one table at a time, what it sends and receives.
+Ranks exchange in rounds: in round (d, n) every rank sends the n-th message for the rank d places
+after it, and receives the n-th from the rank d places before it. All ranks go through the rounds in
+the same order, and the two messages of a round wait for nothing else, so there is no deadlock. A
+round is begun before the one before it is over, so that the link is never idle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import cycle, zip_longest
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_fmp.reshard.boxes import Box, Shard, Transfer, plan_transfers
-from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.agreement import Lease, PeerError
+from torchrec_fmp.reshard.chunks import Part, chunked, direct, message_bytes, pack, unpack
+from torchrec_fmp.reshard.itinerary import Itinerary
 
-_WEIGHT = "weight"
+_ROUNDS_UNDER_WAY = 2
 
 
-def move_table(
-    old: Sequence[LocalShard],
-    new: Sequence[LocalShard],
-    sources: Sequence[Shard],
-    targets: Sequence[Shard],
+class CorruptionError(RuntimeError):
+    """What arrived is not what was sent."""
+
+
+def exchange(
+    todo: Itinerary,
     group: dist.ProcessGroup,
+    device: torch.device,
+    chunk_bytes: int,
+    checksums: bool,
+    check: Callable[[], None],
+    lease: Lease | None = None,
 ) -> None:
-    """Fills the new local shards of one table, weights and fused optimizer state.
+    """Sends and receives everything that goes from rank to rank.
 
-    A state with one value a row (row-wise Adagrad) is kept once per column shard. Where a new
-    column shard is made of several old ones its state is their width-weighted mean, which is what
-    row-wise Adagrad's mean of squared gradients over the columns would be; where it is a part of an
-    old one, it is copied.
-
-    Every rank of the group calls this with its own shards and the same `sources` and `targets`.
+    Collective. Besides the tables it needs at most `chunk_bytes`.
 
     Args:
-        old: this rank's shards of the table before.
-        new: this rank's shards of the table after; overwritten.
-        sources: all ranks' shards before.
-        targets: all ranks' shards after.
-        group: process group that both plans are for.
+        todo: this rank's itinerary.
+        group: the ranks that exchange.
+        device: that the group communicates on.
+        chunk_bytes: of all messages that are under way together.
+        checksums: send a CRC-32 after each message and compare.
+        check: called between rounds; raises if the exchange is to end.
+        lease: on the new tables, where they may be freed before an exchange that was given up has
+            ended. Nothing is then received in its place, which no lease could hold off.
 
     Raises:
-        ValueError: if old and new shards have different optimizer states.
+        CorruptionError: if a checksum differs.
+        PeerError: if another rank does not answer.
     """
-    rank = dist.get_rank(group)
-    old_by_box = {shard.box: shard for shard in old}
-    new_by_box = {shard.box: shard for shard in new}
-    for shard in new:
-        for state in shard.states.values():
-            state.zero_()
-    operations: list[dist.P2POp] = []
-    received: list[tuple[Tensor, Tensor, float]] = []
-    for transfer in plan_transfers(sources, targets):
-        share = transfer.box.columns / transfer.target.box.columns
-        here = transfer.source.rank == rank
-        if here and transfer.target.rank == rank:
-            parts = _parts(old_by_box, transfer.source.box, transfer.box)
-            into = _parts(new_by_box, transfer.target.box, transfer.box)
-            _check_states(parts, into, transfer)
-            for name, part in parts.items():
-                _write(into[name], part, share)
-        elif here:
-            peer = dist.get_global_rank(group, transfer.target.rank)
-            for part in _parts(old_by_box, transfer.source.box, transfer.box).values():
-                operations.append(dist.P2POp(dist.isend, part.contiguous(), peer, group))
-        elif transfer.target.rank == rank:
-            peer = dist.get_global_rank(group, transfer.source.rank)
-            for view in _parts(new_by_box, transfer.target.box, transfer.box).values():
-                buffer = torch.empty(view.shape, dtype=view.dtype, device=view.device)
-                operations.append(dist.P2POp(dist.irecv, buffer, peer, group))
-                received.append((view, buffer, share))
-    if operations:
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    for view, buffer, share in received:
-        _write(view, buffer, share)
+    size = chunk_bytes // (2 * _ROUNDS_UNDER_WAY)
+    buffers = cycle([_Buffers(device, size) for _ in range(_ROUNDS_UNDER_WAY)])
+    under_way: deque[_Round] = deque()
+    for leaving, arriving, peers in _messages(todo, group, size):
+        check()
+        if len(under_way) == _ROUNDS_UNDER_WAY:
+            under_way.popleft().finish()
+        under_way.append(_Round(leaving, arriving, peers, group, next(buffers), checksums, lease))
+    for last in under_way:
+        last.finish()
 
 
-def _parts(shards: Mapping[Box, LocalShard], holder: Box, box: Box) -> dict[str, Tensor]:
-    """Views of `box` in the shard's weight and states, in an order that all ranks share."""
-    shard = shards[holder]
-    tensors = {_WEIGHT: shard.weight, **dict(sorted(shard.states.items()))}
-    return {name: _narrow(tensor, holder, box) for name, tensor in tensors.items()}
+def _messages(
+    todo: Itinerary, group: dist.ProcessGroup, size: int
+) -> Iterator[tuple[Sequence[Part], Sequence[Part], tuple[int, int]]]:
+    """What leaves, what arrives, and the ranks of both, round by round."""
+    rank, world_size = dist.get_rank(group), group.size()
+    for distance in range(1, world_size):
+        to, origin = (rank + distance) % world_size, (rank - distance) % world_size
+        for leaving, arriving in zip_longest(
+            chunked(todo.outgoing.get(to, []), size),
+            chunked(todo.incoming.get(origin, []), size),
+            fillvalue=(),
+        ):
+            yield leaving, arriving, (to, origin)
 
 
-def _narrow(tensor: Tensor, holder: Box, box: Box) -> Tensor:
-    rows = tensor.narrow(0, box.row - holder.row, box.rows)
-    return rows if tensor.dim() == 1 else rows.narrow(1, box.column - holder.column, box.columns)
+class _Buffers:
+    """Of one message each way, made when a message cannot be sent from or received in its place."""
+
+    def __init__(self, device: torch.device, size: int) -> None:
+        self.device = device
+        self._size = size
+        self._made: dict[str, Tensor] = {}
+
+    def get(self, name: str, size: int) -> Tensor:
+        """The first `size` bytes of a buffer."""
+        if name not in self._made or len(self._made[name]) < size:
+            length = max(size, self._size)
+            self._made[name] = torch.empty(length, dtype=torch.uint8, device=self.device)
+        return self._made[name][:size]
 
 
-def _write(view: Tensor, value: Tensor, share: float) -> None:
-    """Copies; of a state with one value a row, adds the share that the value's columns have."""
-    if view.dim() == 1 and share < 1:
-        view.add_(value, alpha=share)
-    else:
-        view.copy_(value)
+class _Round:
+    """A message each way, under way."""
+
+    def __init__(
+        self,
+        leaving: Sequence[Part],
+        arriving: Sequence[Part],
+        peers: tuple[int, int],
+        group: dist.ProcessGroup,
+        buffers: _Buffers,
+        checksums: bool,
+        lease: Lease | None,
+    ) -> None:
+        self._lease = lease
+        self._arriving = arriving
+        self._peers = peers
+        self._rank = dist.get_rank(group)
+        self._received: Tensor | None = None
+        self._checksum: Tensor | None = None
+        self._in_place = False
+        to, origin = (dist.get_global_rank(group, peer) for peer in peers)
+        operations = []
+        if leaving:
+            sent = direct(leaving, buffers.device)
+            if sent is None:
+                sent = buffers.get("sent", message_bytes(leaving))
+                pack(leaving, sent)
+            operations.append(dist.P2POp(dist.isend, sent, to, group))
+            if checksums:
+                own = torch.tensor([_checksum(sent)], device=buffers.device)
+                operations.append(dist.P2POp(dist.isend, own, to, group))
+        if arriving:
+            if lease is None:
+                self._received = direct(arriving, buffers.device)
+            self._in_place = self._received is not None
+            if self._received is None:
+                self._received = buffers.get("received", message_bytes(arriving))
+            operations.append(dist.P2POp(dist.irecv, self._received, origin, group))
+            if checksums:
+                self._checksum = torch.zeros(1, dtype=torch.int64, device=buffers.device)
+                operations.append(dist.P2POp(dist.irecv, self._checksum, origin, group))
+        with self._peers_may_be_lost():
+            self._works = dist.batch_isend_irecv(operations)
+
+    def finish(self) -> None:
+        """Waits for both messages and writes what arrived into its place."""
+        with self._peers_may_be_lost():
+            for work in self._works:
+                work.wait()
+        if self._received is None:
+            return
+        if self._checksum is not None and _checksum(self._received) != int(self._checksum):
+            names = "; ".join(dict.fromkeys(part.name for part in self._arriving))
+            raise CorruptionError(
+                f"from rank {self._peers[1]} to rank {self._rank} arrived something else than was "
+                f"sent: {names}"
+            )
+        if not self._in_place:
+            with self._lease.writing() if self._lease else nullcontext():
+                unpack(self._arriving, self._received)
+
+    @contextmanager
+    def _peers_may_be_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            lost = " or ".join(f"rank {peer}" for peer in dict.fromkeys(self._peers))
+            raise PeerError(f"the exchange with {lost} broke off: {error}") from error
 
 
-def _check_states(old: Mapping[str, Tensor], new: Mapping[str, Tensor], transfer: Transfer) -> None:
-    if old.keys() != new.keys():
-        raise ValueError(
-            f"{transfer.target} has the optimizer states {sorted(new)} where the old table has "
-            f"{sorted(old)}: the fused optimizer must not change, and a table cannot move between "
-            "data-parallel and other sharding types, whose optimizer is not fused"
-        )
+def _checksum(message: Tensor) -> int:
+    return zlib.crc32(message.cpu().numpy().data)

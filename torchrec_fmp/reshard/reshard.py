@@ -2,133 +2,171 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torchrec.distributed.batched_embedding_kernel import BatchedFusedEmbeddingBag
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.types import ShardingType
 
-from torchrec_fmp.reshard.boxes import Shard, shards_of
-from torchrec_fmp.reshard.local_shards import LocalShard, local_shards, sharded_collections
-from torchrec_fmp.reshard.mover import move_table
+from torchrec_fmp.agreement import Lease, all_or_none, watched
+from torchrec_fmp.reshard.itinerary import Itinerary, copy_local, itinerary
+from torchrec_fmp.reshard.mover import exchange
+from torchrec_fmp.reshard.tables import Tables
 from torchrec_fmp.surgery.cut_map import CutMap
-from torchrec_fmp.surgery.rules import join_fqn
+
+
+@dataclass(frozen=True)
+class MoveConfig:
+    """How tables move from rank to rank.
+
+    Args:
+        staging: `none` keeps the old tables where they are until the new ones are whole; `host`
+            brings them to host memory and frees the device's before the new ones are built (a CPU's
+            go into a memory-mapped file); `auto` stages only where old and new tables do not fit
+            side by side by the planner's figures.
+        chunk_bytes: memory that messages between ranks may take on each rank, in bytes.
+        checksums: compare a CRC-32 of each message, to find a network or a memory that corrupts
+            data; costs about a second per GB.
+        timeout_seconds: of a message, and of the wait for the slowest rank.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    staging: Literal["auto", "none", "host"] = "auto"
+    chunk_bytes: int = 64 * 2**20
+    checksums: bool = False
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes <= 0 or not self.timeout_seconds > 0:
+            raise ValueError(
+                f"chunk_bytes is {self.chunk_bytes} and timeout_seconds {self.timeout_seconds}; "
+                "both must be positive"
+            )
+
+    @property
+    def timeout(self) -> timedelta:
+        """`timeout_seconds`."""
+        return timedelta(seconds=self.timeout_seconds)
+
+
+def check_layouts(old: Tables, new: Tables, cut_map: CutMap) -> None:
+    """Sees that old and new tables keep the same states; the same on every rank.
+
+    Raises:
+        ValueError: if a table's dtype or optimizer states would change.
+    """
+    for fqn, layout in new.layouts.items():
+        before = old.layouts[cut_map.tensors[fqn].source]
+        if layout.dtype != before.dtype or layout.states != before.states:
+            raise ValueError(
+                f"{fqn} has a weight of {layout.dtype} with the optimizer states "
+                f"{dict(layout.states)} where the old table has {before.dtype} with "
+                f"{dict(before.states)}: dtype and fused optimizer must not change"
+            )
 
 
 @torch.no_grad()
 def reshard_tables(
-    old: DistributedModelParallel, new: DistributedModelParallel, cut_map: CutMap
+    old: Tables,
+    new: Tables,
+    cut_map: CutMap,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    config: MoveConfig,
+    lease: Lease | None = None,
 ) -> None:
-    """Moves every surviving table, its fused optimizer state, step counter and hyperparameters.
+    """Moves every surviving table and its optimizer state; sets step counters and hyperparameters.
 
-    Collective: every rank of the models' process group calls it.
+    Collective. The ranks exchange through a process group of their own, so that a failure leaves
+    `group` as it was.
 
     Args:
-        old: the model before; not changed.
-        new: the model after, sharded by its own plan; its tables are overwritten.
-        cut_map: gives each table's folded gate.
+        old: the tables before; not changed.
+        new: the tables after; overwritten.
+        cut_map: gives each new table's source and folded gate.
+        group: of the models.
+        device: that the group communicates on.
+        config: how.
+        lease: on the new tables, to be ended before they are freed after a failure.
 
     Raises:
-        ValueError: if a table would move into or out of data-parallel.
+        RuntimeError: if a rank fails, or does not answer in time; on every rank.
+        CorruptionError: on the rank that received something else than was sent.
     """
-    group = new._env.process_group
-    assert group is not None
-    old_collections = sharded_collections(old)
-    for fqn, new_collection in sharded_collections(new).items():
-        old_collection = old_collections[fqn]
-        old_local = _by_table(old_collection)
-        new_local = _by_table(new_collection)
-        # Before anything moves, so that every rank refuses alike.
-        _check_kernels(old_collection, new_collection)
-        for config in new_collection._embedding_bag_configs:
-            table = config.name
-            move_table(
-                old_local[table],
-                new_local[table],
-                _shards(old_collection, table, group.size()),
-                _shards(new_collection, table, group.size()),
-                group,
-            )
-            scale = cut_map.tensors[join_fqn(fqn, f"embedding_bags.{table}.weight")].scale
-            if scale is not None:
-                for shard in new_local[table]:
+    moved = [(cut_map.tensors[fqn].source, fqn) for fqn in new.shards]
+    with all_or_none("moving the tables", group, config.timeout) as check:
+        todo = itinerary(old, new, moved, dist.get_rank(group))
+        copy_local(todo)
+        if group.size() > 1:
+            _exchange(todo, group, device, config, check, lease)
+        for fqn, shards in new.local.items():
+            scale = cut_map.tensors[fqn].scale
+            for shard in shards:
+                if scale is not None:
                     shard.weight.mul_(scale.to(shard.weight))
-        _carry_progress(old_local, new_local, group)
+        _carry_progress(old, new, cut_map)
 
 
-def _check_kernels(old: ShardedEmbeddingBagCollection, new: ShardedEmbeddingBagCollection) -> None:
-    data_parallel = ShardingType.DATA_PARALLEL.value
-    for table, sharding in new.module_sharding_plan.items():
-        types = (old.module_sharding_plan[table].sharding_type, sharding.sharding_type)
-        if (types[0] == data_parallel) != (types[1] == data_parallel):
-            raise ValueError(
-                f"table {table} would move from {types[0]} to {types[1]}: data-parallel tables "
-                "have no fused optimizer, so the optimizer state would be lost. Constrain the "
-                "planner to the sharding types that the table has"
-            )
-
-
-def _by_table(collection: ShardedEmbeddingBagCollection) -> dict[str, list[LocalShard]]:
-    shards = defaultdict(list)
-    for shard in local_shards(collection):
-        shards[shard.table].append(shard)
-    return shards
-
-
-def _shards(
-    collection: ShardedEmbeddingBagCollection, table: str, world_size: int
-) -> Sequence[Shard]:
-    config = collection._table_name_to_config[table]
-    sharding = collection.module_sharding_plan[table]
-    return shards_of(sharding, config.num_embeddings, config.embedding_dim, world_size)
-
-
-def _carry_progress(
-    old: dict[str, list[LocalShard]], new: dict[str, list[LocalShard]], group: dist.ProcessGroup
+def _exchange(
+    todo: Itinerary,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    config: MoveConfig,
+    check: Callable[[], None],
+    lease: Lease | None,
 ) -> None:
-    """Gives each new kernel the step counter and the hyperparameters of its tables.
+    with _own_group(group, config.timeout) as own:
 
-    A rank may hold none of the old shards of its new tables, so these few numbers a table, and
-    nothing larger, are gathered.
-    """
-    mine = {
-        shard.table: _progress(shard.kernel)
-        for shards in old.values()
-        for shard in shards
-        if isinstance(shard.kernel, BatchedFusedEmbeddingBag)
-    }
-    gathered: list[dict[str, _Progress]] = [{}] * group.size()
-    dist.all_gather_object(gathered, mine, group=group)
-    by_table = {table: progress for part in gathered for table, progress in part.items()}
-    for shards in new.values():
+        def work() -> None:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            with torch.no_grad():
+                exchange(todo, own, device, config.chunk_bytes, config.checksums, check, lease)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        if device.type == "cuda":
+            # The thread's stream may be another one.
+            torch.cuda.synchronize(device)
+        watched(work, check)
+
+
+@contextmanager
+def _own_group(group: dist.ProcessGroup, timeout: timedelta) -> Iterator[dist.ProcessGroup]:
+    """A group of the same ranks, which is given up if anything fails."""
+    ranks = dist.get_process_group_ranks(group)
+    # A part of the ranks can make a group on its own only under a name that is made of them, which
+    # must not be used again: its addresses stay in the store. So that group is left to the exit.
+    of_all = len(ranks) == dist.get_world_size()
+    own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=not of_all)
+    try:
+        yield own
+    except BaseException:
+        # Ends what NCCL has under way; what gloo has ends by the timeout.
+        own.abort()
+        raise
+    if of_all:
+        dist.destroy_process_group(own)
+
+
+def _carry_progress(old: Tables, new: Tables, cut_map: CutMap) -> None:
+    """Gives each new kernel the step counter and the hyperparameters of its tables."""
+    steps: dict[int, int] = {}
+    for fqn, shards in new.local.items():
+        layout = old.layouts[cut_map.tensors[fqn].source]
         for shard in shards:
-            if isinstance(shard.kernel, BatchedFusedEmbeddingBag):
-                progress = by_table[shard.table]
-                shard.kernel.emb_module.set_optimizer_step(progress.step)
-                shard.kernel.emb_module.set_learning_rate(progress.learning_rate)
-                for param_group in shard.kernel.fused_optimizer.param_groups:
-                    param_group.update(progress.hyperparameters)
-
-
-class _Progress(NamedTuple):
-    """How far a kernel's fused optimizer is.
-
-    The parameter group may be ahead of the kernel, which takes over its learning rate in the next
-    step: a scheduler steps last.
-    """
-
-    step: int
-    learning_rate: float
-    hyperparameters: dict[str, Any]
-
-
-def _progress(kernel: BatchedFusedEmbeddingBag) -> _Progress:
-    (param_group,) = kernel.fused_optimizer.param_groups
-    hyperparameters = {name: value for name, value in param_group.items() if name != "params"}
-    step = int(kernel.emb_module.iter.item())
-    return _Progress(step, kernel.emb_module.get_learning_rate(), hyperparameters)
+            if not shard.is_fused:
+                continue
+            kernel = shard.kernel
+            # The tables of a kernel share a counter; tables that met in it have been trained alike.
+            steps[id(kernel)] = max(steps.get(id(kernel), 0), layout.step)
+            kernel.emb_module.set_optimizer_step(steps[id(kernel)])
+            if layout.hyperparameters:
+                kernel.emb_module.set_learning_rate(layout.learning_rate)
+                for param_group in kernel.fused_optimizer.param_groups:
+                    param_group.update(layout.hyperparameters)

@@ -1,20 +1,30 @@
-"""Compares the pruned model with the gated one on a real batch."""
+"""Compares the pruned model with the old one on a real batch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_unwrapped_module
+from torchrec.distributed.types import LazyAwaitable
 
 from torchrec_fmp.gates.attach import feature_gates
+from torchrec_fmp.gates.collections import feature_names
+from torchrec_fmp.gates.scale import scale_keys, scale_sequences
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.reshard.local_shards import sharded_collections
+from torchrec_fmp.reshard.local_shards import ShardedCollection, sharded_collections, tables_of
+
+Forward = Callable[[nn.Module, Any], Any]
 
 
 @contextmanager
@@ -43,6 +53,27 @@ def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
             module.fixed = fixed
 
 
+@contextmanager
+def steps_uncounted(model: nn.Module) -> Iterator[None]:
+    """The fused optimizers' step counters keep their values.
+
+    FBGEMM counts a step in every forward pass, in evaluation too (`iter` for checkpoints,
+    `iter_cpu` for its arithmetic), and Adam's bias correction would feel it.
+    """
+    counters = [
+        (counter, counter.clone())
+        for module in model.modules()
+        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
+        for name in ("iter", "iter_cpu")
+        if (counter := getattr(module, name, None)) is not None
+    ]
+    try:
+        yield
+    finally:
+        for counter, before in counters:
+            counter.copy_(before)
+
+
 class Difference(NamedTuple):
     """How far two models' outputs lie apart.
 
@@ -57,36 +88,70 @@ class Difference(NamedTuple):
     relative: float
 
 
-def parity(
-    old: nn.Module,
-    new: nn.Module,
-    selection: Selection,
-    batch: Any,
-    dense_features: Mapping[str, tuple[str, ...]],
-) -> Difference:
-    """Difference between the outputs of the gated and of the pruned model.
+def outputs_before(
+    model: nn.Module, selection: Selection, batch: Any, forward: Forward
+) -> list[Tensor]:
+    """What the old model computes in evaluation with its features scaled as the selection says.
 
-    Both are run in evaluation on this rank's batch, the gates at the selection's values; every
-    floating point tensor of the outputs is compared. Collective, as the models' forward is.
+    Gates get the selection's values; where a collection has none, its embeddings are multiplied by
+    them. Collective, as the model's forward is.
 
     Args:
-        old: the gated model.
-        new: the pruned model.
+        model: the old model, sharded.
+        selection: what is to be pruned.
+        batch: an input of the model.
+        forward: runs a model on the batch.
+
+    Returns:
+        Every floating point tensor of the output.
+    """
+    with (
+        evaluation(model),
+        steps_uncounted(model),
+        gates_fixed(model, selection),
+        _scaled(model, selection),
+    ):
+        return _floats(forward(model, batch))
+
+
+def outputs_after(
+    model: nn.Module,
+    selection: Selection,
+    batch: Any,
+    forward: Forward,
+    dense_features: Mapping[str, tuple[str, ...]],
+) -> list[Tensor]:
+    """What the pruned model computes in evaluation for an input of the old one.
+
+    Args:
+        model: the pruned model, sharded.
         selection: what was pruned.
-        batch: an input of the gated model; the pruned model gets its remaining dense columns.
+        batch: an input of the old model; the pruned one gets its remaining dense columns.
+        forward: runs a model on the batch.
         dense_features: fqn of a module that reads gated dense columns -> the columns' names.
+
+    Returns:
+        Every floating point tensor of the output.
+    """
+    with (
+        evaluation(model),
+        steps_uncounted(model),
+        _narrowed_input(model, selection, dense_features),
+    ):
+        outputs = _floats(forward(model, batch))
+    forget_input_order(model)
+    return outputs
+
+
+def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Difference:
+    """Difference between the outputs of the old and of the pruned model on this rank.
 
     Raises:
         ValueError: if the models return different structures.
     """
-    with evaluation(old), gates_fixed(old, selection):
-        expected = _floats(old(batch))
-    with evaluation(new), _narrowed_input(new, selection, dense_features):
-        actual = _floats(new(batch))
-    forget_input_order(new)
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the gated model returns {shapes[0]}, the pruned model {shapes[1]}")
+        raise ValueError(f"the old model returns {shapes[0]}, the pruned model {shapes[1]}")
     # Not an error here: the other ranks, whose outputs are finite, would wait for this one.
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
         return Difference(math.nan, math.nan)
@@ -110,15 +175,42 @@ def forget_input_order(model: nn.Module) -> None:
     """
     for collection in sharded_collections(model).values():
         collection._has_uninitialized_input_dist = True
-        collection._has_features_permute = True
         collection._input_dists = []
         collection._features_order = []
         collection._feature_splits = []
+        if isinstance(collection, ShardedEmbeddingBagCollection):
+            collection._has_features_permute = True
 
 
 def _floats(output: Any) -> list[Tensor]:
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return [leaf for leaf in leaves if leaf.is_floating_point()]
+
+
+@contextmanager
+def _scaled(model: nn.Module, selection: Selection) -> Iterator[None]:
+    """Embeddings of features without a gate are multiplied by the selection's value."""
+    gated = {feature for _, gates in feature_gates(model) for feature in gates.features}
+
+    def scale(
+        collection: ShardedCollection, _: tuple[Any, ...], embeddings: LazyAwaitable[Any]
+    ) -> None:
+        features = feature_names(tables_of(collection))
+        values = [1.0 if f in gated else selection.gates.get(f, 1.0) for f in features]
+        pooled = isinstance(collection, ShardedEmbeddingBagCollection)
+        embeddings.callbacks.append(
+            partial(
+                scale_keys if pooled else scale_sequences,
+                features=features,
+                gates=torch.tensor(values, device=collection._device),
+                centered=False,
+            )
+        )
+
+    with ExitStack() as stack:
+        for collection in sharded_collections(model).values():
+            stack.callback(collection.register_forward_hook(scale).remove)
+        yield
 
 
 @contextmanager

@@ -1,0 +1,271 @@
+"""Work that fails on all ranks if it fails on any, and decisions that must be the same."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.distributed.process_group import ProcessGroup
+from torchrec_fmp.agreement import (
+    PeerError,
+    all_or_none,
+    broadcast_text,
+    check_equal,
+    largest,
+    watched,
+)
+
+SOON = timedelta(seconds=1)
+NOTHING = "nothing was raised"
+
+
+def world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def raised(
+    work: Callable[[Callable[[], None]], Any],
+    group: dist.ProcessGroup | None = None,
+    timeout: timedelta = timedelta(seconds=60),
+) -> str:
+    """Name and message of what the agreement raises."""
+    try:
+        with all_or_none("counting", group or world(), timeout) as check:
+            work(check)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return NOTHING
+
+
+def fail_on(*ranks: int) -> Callable[[Callable[[], None]], None]:
+    def work(_: Callable[[], None]) -> None:
+        if dist.get_rank() in ranks:
+            raise KeyError(f"no seven on rank {dist.get_rank()}")
+
+    return work
+
+
+def wait_for_a_failure(check: Callable[[], None]) -> None:
+    """Long work that calls `check` now and then."""
+    pause = threading.Event()
+    while True:
+        check()
+        pause.wait(0.01)
+
+
+def failing(ranks: list[int]) -> str:
+    return raised(fail_on(*ranks))
+
+
+OF_RANK_1 = "RuntimeError: counting failed on rank 1: KeyError('no seven on rank 1')"
+
+
+def test_work_that_succeeds_everywhere_raises_nothing(ranks: ProcessGroup) -> None:
+    assert set(ranks.run(failing, [])) == {NOTHING}
+
+
+def test_a_failure_is_its_own_error_there_and_names_rank_and_error_elsewhere(
+    ranks_4: ProcessGroup,
+) -> None:
+    others, own = OF_RANK_1, "KeyError: 'no seven on rank 1'"
+    assert ranks_4.run(failing, [1]) == [others, own, others, others]
+
+
+def test_where_all_ranks_fail_each_raises_its_own_error(ranks_2: ProcessGroup) -> None:
+    errors = ranks_2.run(failing, [0, 1])
+    assert errors == [f"KeyError: 'no seven on rank {rank}'" for rank in (0, 1)]
+
+
+def late_but_attentive() -> str:
+    if dist.get_rank() == 1:
+        return raised(wait_for_a_failure)
+    return raised(lambda _: None, timeout=SOON)
+
+
+def late_and_deaf() -> str:
+    if dist.get_rank() == 0:
+        error = raised(lambda _: None, timeout=SOON)
+        world().get_group_store().set("rank 0 gave up", "yes")
+        return error
+    error = raised(lambda _: world().get_group_store().get("rank 0 gave up"))
+    world().get_group_store().delete_key("rank 0 gave up")
+    return error
+
+
+@pytest.mark.parametrize("late", [late_but_attentive, late_and_deaf])
+def test_a_rank_that_does_not_end_in_time_fails_all(
+    ranks_2: ProcessGroup, late: Callable[[], str]
+) -> None:
+    in_time, too_late = ranks_2.run(late)
+    verdict = "counting failed: 1 of 2 ranks did not end in 0:00:01"
+    assert in_time == f"RuntimeError: {verdict}"
+    assert too_late == f"RuntimeError: counting failed on rank 0: {verdict}"
+
+
+def one_works_long() -> str:
+    return raised(fail_on(1) if dist.get_rank() == 1 else wait_for_a_failure)
+
+
+def test_long_work_learns_of_a_failure_when_it_checks(ranks_2: ProcessGroup) -> None:
+    assert ranks_2.run(one_works_long)[0] == OF_RANK_1
+
+
+def several() -> list[str]:
+    return [raised(fail_on(*ranks)) for ranks in ([], [1], [], [0], [0, 1], [])]
+
+
+def test_agreements_that_follow_one_another_do_not_mix(ranks_2: ProcessGroup) -> None:
+    first, second = ranks_2.run(several)
+    assert [error == NOTHING for error in first] == [True, False, True, False, False, True]
+    assert [error == NOTHING for error in second] == [True, False, True, False, False, True]
+    assert first[1] == OF_RANK_1
+    assert "failed on rank 0" in second[3]
+
+
+def nested(inner: list[int], outer: list[int]) -> list[str]:
+    """Errors of an agreement within one, and of one after it."""
+
+    def work(check: Callable[[], None]) -> None:
+        with all_or_none("adding", world()):
+            fail_on(*inner)(check)
+        fail_on(*outer)(check)
+
+    return [raised(work), raised(fail_on())]
+
+
+def test_an_agreement_within_another(ranks_2: ProcessGroup) -> None:
+    assert ranks_2.run(nested, [], []) == [[NOTHING, NOTHING]] * 2
+    inner = "adding failed on rank 1: KeyError('no seven on rank 1')"
+    assert ranks_2.run(nested, [1], []) == [
+        [f"RuntimeError: {inner}", NOTHING],
+        ["KeyError: 'no seven on rank 1'", NOTHING],
+    ]
+    assert ranks_2.run(nested, [], [1])[0] == [OF_RANK_1, NOTHING]
+
+
+def in_part_of_the_ranks() -> list[str]:
+    """Errors in two groups of two at once; rank 3, the second of its group, fails."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    return [raised(fail_on(3), groups[dist.get_rank() % 2])]
+
+
+def test_groups_of_some_ranks_agree_on_their_own(ranks_4: ProcessGroup) -> None:
+    (even,), (odd,), (other_even,), (failed,) = ranks_4.run(in_part_of_the_ranks)
+    assert even == other_even == NOTHING
+    assert odd == "RuntimeError: counting failed on rank 1: KeyError('no seven on rank 3')"
+    assert failed == "KeyError: 'no seven on rank 3'"
+
+
+def lost(rank_1_explains: bool) -> tuple[str, str]:
+    """What rank 0 raises, and the cause of it, when it loses rank 1."""
+
+    def work(check: Callable[[], None]) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("the reason")
+        try:
+            wait_for_a_failure(check)
+        except RuntimeError:
+            raise PeerError("rank 1 is gone") from None
+
+    def unexplained(check: Callable[[], None]) -> None:
+        if dist.get_rank() == 1:
+            wait_for_a_failure(check)
+        raise PeerError("rank 1 is gone")
+
+    try:
+        with all_or_none("counting", world()) as check:
+            (work if rank_1_explains else unexplained)(check)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", repr(error.__cause__)
+    return NOTHING, ""
+
+
+def test_what_the_lost_rank_says_is_preferred_to_its_loss(ranks_2: ProcessGroup) -> None:
+    error, cause = ranks_2.run(lost, True)[0]
+    assert error == "RuntimeError: counting failed on rank 1: KeyError('the reason')"
+    assert cause == "PeerError('rank 1 is gone')"
+
+
+def test_a_loss_that_nobody_explains_is_the_error(ranks_2: ProcessGroup) -> None:
+    (own, _), (other, _) = ranks_2.run(lost, False)
+    assert own == "PeerError: rank 1 is gone"
+    assert other == "RuntimeError: counting failed on rank 0: PeerError('rank 1 is gone')"
+
+
+def watching() -> tuple[str, bool]:
+    """What rank 0 raises while its work waits for ever, and whether the work had ended."""
+    release, ended = threading.Event(), threading.Event()
+
+    def stuck() -> None:
+        release.wait()
+        ended.set()
+
+    def work(check: Callable[[], None]) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("no seven on rank 1")
+        watched(stuck, check)
+
+    error = raised(work)
+    had_ended = ended.is_set()
+    release.set()
+    return error, had_ended
+
+
+def test_work_that_waits_for_ever_is_given_up_when_another_rank_fails(
+    ranks_2: ProcessGroup,
+) -> None:
+    assert ranks_2.run(watching)[0] == (OF_RANK_1, False)
+
+
+def test_watched_work_is_done_before_it_returns_and_its_error_is_raised() -> None:
+    done: list[int] = []
+    watched(lambda: done.append(threading.get_ident()), lambda: None)
+    assert len(done) == 1 and done[0] != threading.get_ident()
+
+    def fail() -> None:
+        raise KeyError("seven")
+
+    with pytest.raises(KeyError, match="seven"):
+        watched(fail, lambda: None)
+
+
+def digests(of_rank: list[str]) -> str:
+    try:
+        check_equal(of_rank[dist.get_rank()], "the cut", world())
+    except RuntimeError as error:
+        return str(error)
+    return NOTHING
+
+
+def test_a_digest_that_differs_is_refused_on_every_rank_by_name(ranks_4: ProcessGroup) -> None:
+    assert set(ranks_4.run(digests, ["a", "a", "a", "a"])) == {NOTHING}
+    for error in ranks_4.run(digests, ["a", "b", "a", "c"]):
+        assert "the cut differs between ranks: ranks [1, 3] disagree with rank 0" in error
+
+
+def decided(values: list[float], text: str) -> tuple[float, str]:
+    rank, device = dist.get_rank(), torch.device("cpu")
+    said = broadcast_text(text if rank == 0 else None, world(), device)
+    return largest(values[rank], world(), device), said
+
+
+@pytest.mark.parametrize("text", ["", "ein Wort: über", "x" * 10_000])
+def test_rank_0s_text_and_the_largest_value_are_the_same_on_every_rank(
+    ranks_2: ProcessGroup, text: str
+) -> None:
+    # Trailing white space tells an empty text from none at all.
+    assert [(value, said.rstrip()) for value, said in ranks_2.run(decided, [-2.0, -1.0], text)] == [
+        (-1.0, text)
+    ] * 2
+
+
+def test_the_largest_of_values_with_nan_is_nan(ranks_2: ProcessGroup) -> None:
+    for value, _ in ranks_2.run(decided, [float("nan"), 1.0], "a"):
+        assert value != value

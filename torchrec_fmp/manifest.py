@@ -1,0 +1,78 @@
+"""`Manifest`: what a prune did, or would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torchrec.distributed.types import ShardingPlan
+
+from torchrec_fmp.planning.estimates import PlanEstimate
+from torchrec_fmp.planning.planner import describe_plan
+from torchrec_fmp.planning.replan import Comparison
+from torchrec_fmp.policies.selection import Selection
+
+_WHEN = ("before", "after")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prune did, or would do.
+
+    Args:
+        selection: the decisions.
+        dense_columns: fqn of a module that reads gated dense columns -> the columns it reads now,
+            in order; give the pruned model these.
+        tables: number of embedding tables, before and after.
+        table_bytes: of all embedding tables, before and after.
+        parameters: before and after, tables included.
+        plans: TorchRec's plans, before and after.
+        estimates: by TorchRec's planner, of both plans; None with another planner.
+        comparison: of staying and moving, where the plan was chosen by it.
+        link_bytes: (ranks, ranks) int64, tables and their optimizer state from each rank to each;
+            the diagonal is copied where it is.
+        staging: whether the old tables went through host memory.
+        parity_max_abs: max abs difference of the outputs over all ranks; None without a batch, and
+            before the prune.
+    """
+
+    selection: Selection
+    dense_columns: Mapping[str, tuple[str, ...]]
+    tables: tuple[int, int]
+    table_bytes: tuple[int, int]
+    parameters: tuple[int, int]
+    plans: tuple[ShardingPlan, ShardingPlan]
+    estimates: tuple[PlanEstimate, PlanEstimate] | None
+    comparison: Comparison | None
+    link_bytes: NDArray[np.int64]
+    staging: Literal["none", "host"]
+    parity_max_abs: float | None = None
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes that go from one rank to another."""
+        return int(self.link_bytes.sum() - np.trace(self.link_bytes))
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for reports: everything but the decisions, which have a file of their own."""
+        return {
+            "dropped": self.selection.dropped,
+            "dense_columns": {fqn: list(names) for fqn, names in self.dense_columns.items()},
+            "tables": _pair(self.tables),
+            "table_bytes": _pair(self.table_bytes),
+            "parameters": _pair(self.parameters),
+            "plans": _pair([describe_plan(plan) for plan in self.plans]),
+            "estimates": self.estimates and _pair([e.describe() for e in self.estimates]),
+            "comparison": self.comparison and self.comparison.describe(),
+            "moved_bytes": self.moved_bytes,
+            "copied_bytes": int(np.trace(self.link_bytes)),
+            "staging": self.staging,
+            "parity_max_abs": self.parity_max_abs,
+        }
+
+
+def _pair(values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(_WHEN, values, strict=True))

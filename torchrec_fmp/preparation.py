@@ -1,0 +1,156 @@
+"""`prepare`: all that a prune decides before anything moves; `dry_run` stops there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import ShardingPlan
+
+from torchrec_fmp.agreement import all_or_none, check_equal
+from torchrec_fmp.gates.attach import feature_gates
+from torchrec_fmp.manifest import Manifest
+from torchrec_fmp.planning.choice import Choice, Planner, choose_plan
+from torchrec_fmp.planning.replan import Replan
+from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.reshard.reshard import MoveConfig
+from torchrec_fmp.reshard.tables import Tables, planned_moves, table_shapes, tables
+from torchrec_fmp.reshard.transfer_plan import link_bytes
+from torchrec_fmp.surgery.blueprint import Blueprint, blueprint
+from torchrec_fmp.surgery.cut import Cut, cut, parameter_count, table_bytes
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done.
+
+    Args:
+        model: to prune.
+        group: its process group.
+        tables: of the model.
+        blueprint: of the model.
+        smaller: the pruned model, not sharded, and what it is made of.
+        manifest: without the parity figure.
+    """
+
+    model: DistributedModelParallel
+    group: dist.ProcessGroup
+    tables: Tables
+    blueprint: Blueprint
+    smaller: Cut
+    manifest: Manifest
+
+
+def dry_run(
+    model: DistributedModelParallel,
+    selection: Selection,
+    *,
+    planner: Planner,
+    replan: Replan = "auto",
+    steps_left: int | None = None,
+    move: MoveConfig | None = None,
+) -> Manifest:
+    """What `prune` would do, without touching anything.
+
+    Collective. Arguments and errors are those of `prune`.
+    """
+    work = prepare(
+        model,
+        selection,
+        planner=planner,
+        replan=replan,
+        steps_left=steps_left,
+        move=move or MoveConfig(),
+    )
+    return work.manifest
+
+
+def prepare(
+    model: DistributedModelParallel,
+    selection: Selection,
+    *,
+    planner: Planner,
+    replan: Replan,
+    steps_left: int | None,
+    move: MoveConfig,
+) -> Work:
+    """Cuts the blueprint and plans the smaller model, the same on every rank. See `prune`."""
+    group = model._env.process_group
+    if group is None:
+        raise ValueError("the model was sharded without a process group; prune needs one")
+    check_equal(selection.digest(), "the selection", group)
+    with all_or_none("cutting the model", group, move.timeout):
+        _check_decided(model, selection)
+        old = blueprint(model)
+        smaller = cut(old, selection)
+    check_equal(smaller.cut_map.digest(), "the cut", group)
+    current = tables(model, group)
+    links = partial(_links, current, smaller, group.size())
+    choose = partial(
+        choose_plan,
+        planner,
+        replan,
+        (model.plan, old.model),
+        smaller.model,
+        model.sharders,
+        links,
+        steps_left,
+        move.chunk_bytes,
+    )
+    choice = _on_rank_0(choose, smaller.model, model, group)
+    manifest = Manifest(
+        selection=selection,
+        dense_columns={
+            fqn: tuple(name for name in names if name not in selection.dropped)
+            for fqn, names in old.dense_features.items()
+        },
+        tables=(len(current.shards), len(table_shapes(smaller.model))),
+        table_bytes=(table_bytes(old.model), table_bytes(smaller.model)),
+        parameters=(parameter_count(old.model), parameter_count(smaller.model)),
+        plans=(model.plan, choice.plan),
+        estimates=None if not choice.before or not choice.after else (choice.before, choice.after),
+        comparison=choice.comparison,
+        link_bytes=links(choice.plan),
+        staging="host" if move.staging == "host" or _must_stage(move, choice) else "none",
+    )
+    return Work(model, group, current, old, smaller, manifest)
+
+
+def _links(current: Tables, smaller: Cut, world_size: int, plan: ShardingPlan) -> NDArray[np.int64]:
+    moves = planned_moves(current, plan, smaller.model, smaller.cut_map, world_size)
+    return link_bytes(moves, world_size)
+
+
+def _must_stage(move: MoveConfig, choice: Choice) -> bool:
+    return move.staging == "auto" and not choice.fits
+
+
+def _on_rank_0(
+    choose: Callable[[], Choice],
+    smaller: nn.Module,
+    model: DistributedModelParallel,
+    group: dist.ProcessGroup,
+) -> Choice:
+    """Rank 0's choice, on every rank. A model without tables needs no planner."""
+    if not table_shapes(smaller):
+        return Choice(ShardingPlan({}))
+    choices: list[Choice] = [Choice(ShardingPlan({}))]
+    with all_or_none("planning", group):
+        if dist.get_rank(group) == 0:
+            choices = [choose()]
+    dist.broadcast_object_list(choices, dist.get_global_rank(group, 0), group, model.device)
+    return choices[0]
+
+
+def _check_decided(model: nn.Module, selection: Selection) -> None:
+    """A gate without a decision would be lost: its feature would stay, unscaled."""
+    gated = [name for _, module in feature_gates(model) for name in module.features]
+    undecided = [name for name in gated if name not in selection.features]
+    if undecided:
+        raise ValueError(f"the selection has no decision for the gated features {undecided}")

@@ -1,0 +1,103 @@
+"""What one rank has to do to fill the new tables: copies, and parts to and from other ranks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchrec_fmp.reshard.boxes import Box
+from torchrec_fmp.reshard.chunks import Part
+from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.reshard.tables import Tables
+from torchrec_fmp.reshard.transfer_plan import plan_transfers
+
+# States of row-wise Adagrad with counted weight decay that are equal in all column shards of a row,
+# so that any of them will do.
+_COUNTERS = ("prev_iter", "row_counter")
+
+
+@dataclass
+class Itinerary:
+    """What one rank has to do: copies where it is, and parts to and from each other rank.
+
+    The parts for a rank are in the order in which it expects them.
+    """
+
+    local: list[tuple[Part, Part]] = field(default_factory=list)
+    outgoing: dict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
+    incoming: dict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
+
+
+def itinerary(old: Tables, new: Tables, moved: Iterable[tuple[str, str]], rank: int) -> Itinerary:
+    """What this rank has to do to fill the new tables.
+
+    Args:
+        old: before.
+        new: after; states that are merged from several column shards are set to zero.
+        moved: (fqn before, fqn after) of every table that survives.
+        rank: this one.
+    """
+    todo = Itinerary()
+    for source, target in moved:
+        transfers = plan_transfers(old.shards[source], new.shards[target])
+        mine = (transfers["source_rank"] == rank) | (transfers["target_rank"] == rank)
+        held = {shard.box: shard for shard in old.local[source]}
+        wanted = {shard.box: shard for shard in new.local[target]}
+        for transfer in transfers[mine]:
+            _add(todo, transfer, source, target, (old, held), (new, wanted), rank)
+    return todo
+
+
+def _add(
+    todo: Itinerary,
+    transfer: np.void,
+    source: str,
+    target: str,
+    before: tuple[Tables, dict[Box, LocalShard]],
+    after: tuple[Tables, dict[Box, LocalShard]],
+    rank: int,
+) -> None:
+    box = Box(*(int(transfer[name]) for name in Box._fields))
+    old_shard = _box(before[0].shards[source][transfer["source"]])
+    new_shard = _box(after[0].shards[target][transfer["target"]])
+    share = box.columns / new_shard.columns
+    leaving = arriving = None
+    if transfer["source_rank"] == rank:
+        leaving = _parts(before[1][old_shard], box, share)
+    if transfer["target_rank"] == rank:
+        arriving = _parts(after[1][new_shard], box, share)
+        for part in arriving:
+            if part.share != 1 and part.view.dim() == 1:
+                part.view.zero_()
+    if leaving is not None and arriving is not None:
+        todo.local.extend(zip(leaving, arriving, strict=True))
+    elif leaving is not None:
+        todo.outgoing[int(transfer["target_rank"])].extend(leaving)
+    elif arriving is not None:
+        todo.incoming[int(transfer["source_rank"])].extend(arriving)
+
+
+def _box(shard: np.void | NDArray[np.void]) -> Box:
+    return Box(*(int(shard[name]) for name in Box._fields))
+
+
+def _parts(shard: LocalShard, box: Box, share: float) -> list[Part]:
+    """Views of `box` in the shard's weight and states."""
+    parts = []
+    for name, tensor in shard.tensors.items():
+        view = tensor.narrow(0, box.row - shard.box.row, box.rows)
+        if view.dim() > 1:
+            view = view.narrow(1, box.column - shard.box.column, box.columns)
+        of_target = 1.0 if name in _COUNTERS else share
+        parts.append(Part(f"{name} of table {shard.table}, {box}", view, of_target))
+    return parts
+
+
+def copy_local(todo: Itinerary) -> None:
+    """Does the part of the work that needs no other rank."""
+    for source, target in todo.local:
+        target.accept(source.view)

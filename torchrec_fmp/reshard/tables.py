@@ -1,0 +1,202 @@
+"""All tables of a sharded model: what every rank knows of them, and what this rank holds."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from torchrec_fmp.gates.collections import table_configs, weight_name
+from torchrec_fmp.reshard.boxes import shards_of
+from torchrec_fmp.reshard.local_shards import (
+    LocalShard,
+    local_shards,
+    sharded_collections,
+    table_fqn,
+    tables_of,
+)
+from torchrec_fmp.reshard.transfer_plan import TableMove
+from torchrec_fmp.surgery.cut_map import CutMap
+from torchrec_fmp.surgery.rules import join_fqn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is kept of a table, the same on all its ranks.
+
+    Args:
+        dtype: of the weight.
+        states: of the fused optimizer by name: dtype, and whether there is one value a row (True)
+            or one an element. Empty for a data-parallel table.
+        step: of the fused optimizer.
+        learning_rate: that the kernel used last. The parameter group's may be ahead of it, because
+            a scheduler steps last.
+        hyperparameters: of the fused optimizer's parameter group.
+    """
+
+    dtype: torch.dtype
+    states: Mapping[str, tuple[torch.dtype, bool]] = field(default_factory=dict)
+    step: int = 0
+    learning_rate: float = 0.0
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Of the weight and the states of its shape."""
+        states = [dtype.itemsize for dtype, by_row in self.states.values() if not by_row]
+        return self.dtype.itemsize + sum(states)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Of the states with one value a row."""
+        return sum(dtype.itemsize for dtype, by_row in self.states.values() if by_row)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a model, by the fqn of their weight in the bare model.
+
+    Args:
+        shards: all ranks' shards, (S,) of dtype `SHARD`.
+        data_parallel: tables that every rank holds whole, outside of any fused optimizer.
+        layouts: what is kept of each.
+        local: this rank's shards.
+    """
+
+    shards: Mapping[str, NDArray[np.void]]
+    data_parallel: frozenset[str]
+    layouts: Mapping[str, Layout]
+    local: Mapping[str, list[LocalShard]]
+
+    def __iter__(self) -> Iterator[LocalShard]:
+        return (shard for shards in self.local.values() for shard in shards)
+
+    def local_bytes(self) -> int:
+        """Bytes of this rank's weights and states."""
+        return sum(tensor.nbytes for shard in self for tensor in shard.tensors.values())
+
+    def change(self, function: Callable[[str, LocalShard], LocalShard]) -> Tables:
+        """The same with `function(fqn, shard)` in the place of every local shard."""
+        local = {
+            fqn: [function(fqn, shard) for shard in shards] for fqn, shards in self.local.items()
+        }
+        return replace(self, local=local)
+
+
+def tables(model: nn.Module, group: dist.ProcessGroup) -> Tables:
+    """Takes stock of a sharded model.
+
+    Collective: a rank may hold nothing of a table, so its layout, a few numbers, is gathered.
+    """
+    rank, world_size = dist.get_rank(group), group.size()
+    shards: dict[str, NDArray[np.void]] = {}
+    local: dict[str, list[LocalShard]] = defaultdict(list)
+    data_parallel = set()
+    for fqn, collection in sharded_collections(model).items():
+        for config in tables_of(collection):
+            name = table_fqn(fqn, collection, config.name)
+            sharding = collection.module_sharding_plan[config.name]
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
+                data_parallel.add(name)
+            shape = (config.num_embeddings, config.embedding_dim)
+            shards[name] = shards_of(sharding, *shape, world_size)
+            local[name] = []
+        for shard in local_shards(collection):
+            local[table_fqn(fqn, collection, shard.table)].append(shard)
+    # One rank speaks for each table: with as many as hold it, a thousand ranks would send a million
+    # layouts.
+    mine = {
+        name: _layout(local[name][0])
+        for name, held in shards.items()
+        if len(held) and held["rank"].min() == rank
+    }
+    gathered: list[dict[str, Layout]] = [{}] * world_size
+    dist.all_gather_object(gathered, mine, group=group)
+    layouts = {name: layout for part in gathered for name, layout in part.items()}
+    return Tables(shards, frozenset(data_parallel), layouts, dict(local))
+
+
+class TableShape(NamedTuple):
+    """A table of an unsharded model.
+
+    Args:
+        fqn: of the weight.
+        collection: fqn of the collection.
+        table: name.
+        rows: number of embeddings.
+        columns: embedding dimension.
+    """
+
+    fqn: str
+    collection: str
+    table: str
+    rows: int
+    columns: int
+
+
+def table_shapes(model: nn.Module) -> list[TableShape]:
+    """The tables of an unsharded model without gates."""
+    shapes = []
+    for fqn, module in model.named_modules():
+        if isinstance(module, (EmbeddingBagCollection, EmbeddingCollection)):
+            for config in table_configs(module):
+                name = join_fqn(fqn, weight_name(module, config.name))
+                size = (config.num_embeddings, config.embedding_dim)
+                shapes.append(TableShape(name, fqn, config.name, *size))
+    return shapes
+
+
+def planned_moves(
+    old: Tables, plan: ShardingPlan, smaller: nn.Module, cut_map: CutMap, world_size: int
+) -> list[TableMove]:
+    """The way of every surviving table from where it is to where the plan has it.
+
+    Args:
+        old: the tables before.
+        plan: for the smaller model.
+        smaller: the smaller model, not sharded.
+        cut_map: gives each new table's source.
+        world_size: number of ranks.
+    """
+    moves = []
+    for fqn, collection, table, rows, columns in table_shapes(smaller):
+        source = cut_map.tensors[fqn].source
+        sharding = cast(EmbeddingModuleShardingPlan, plan.plan[collection])[table]
+        targets = shards_of(sharding, rows, columns, world_size)
+        layout = old.layouts[source]
+        sizes = (layout.bytes_per_element, layout.bytes_per_row)
+        moves.append(TableMove(fqn, old.shards[source], targets, *sizes))
+    return moves
+
+
+def _layout(shard: LocalShard) -> Layout:
+    if not shard.is_fused:
+        return Layout(shard.weight.dtype)
+    (param_group,) = shard.kernel.fused_optimizer.param_groups
+    return Layout(
+        dtype=shard.weight.dtype,
+        states={name: (t.dtype, t.dim() == 1) for name, t in sorted(shard.states.items())},
+        step=int(shard.kernel.emb_module.iter.item()),
+        learning_rate=shard.kernel.emb_module.get_learning_rate(),
+        hyperparameters={name: v for name, v in param_group.items() if name != "params"},
+    )
+
+
+def storages(shards: Iterable[LocalShard]) -> list[Tensor]:
+    """One tensor for every storage that the shards' weights and states lie in."""
+    distinct = {
+        tensor.untyped_storage().data_ptr(): tensor
+        for shard in shards
+        for tensor in shard.tensors.values()
+        if tensor.numel() > 0
+    }
+    return list(distinct.values())
