@@ -49,9 +49,9 @@ def measure(search: str, fraction: float, world_size: int, timeout: int, profile
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--searches", nargs="+", default=["by_size", "greedy", "full"])
-    parser.add_argument("--fractions", nargs="+", type=float, default=[0.05, 0.1])
-    parser.add_argument("--world_sizes", nargs="+", type=int, default=[128])
+    parser.add_argument("--searches", nargs="+", default=["by_time", "greedy"])
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.05])
+    parser.add_argument("--world_sizes", nargs="+", type=int, default=[16, 128])
     parser.add_argument("--timeout", type=int, default=60)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ModuleSharder, ShardingPlan
 
 from torchrec_fmp.planning.estimates import PlanEstimate, estimate_as
+from torchrec_fmp.planning.pooling import PoolingChangedError, check_pooling
 from torchrec_fmp.planning.replan import (
     Comparison,
     Replan,
@@ -81,16 +82,19 @@ def choose_plan(
 
     Raises:
         PlannerError: if the planner is asked and finds no plan, and `replan` is not `auto`.
+        PoolingChangedError: if TorchRec would pool a table that survives in another way.
     """
     if not isinstance(planner, EmbeddingShardingPlanner):
-        if replan == "sticky":
-            return Choice(sticky_plan(old[0], smaller))
-        return Choice(planner.plan(smaller, sharders))
+        stays = replan == "sticky"
+        plan = sticky_plan(old[0], smaller) if stays else planner.plan(smaller, sharders)
+        check_pooling(old, (plan, smaller))
+        return Choice(plan)
     topology = planner._topology
     narrowed = narrowed_planner(planner, old[1], smaller)
     before = estimate_as(planner, old[0], old[1], sharders)
 
     def choice(plan: ShardingPlan) -> Choice:
+        check_pooling(old, (plan, smaller))
         after = estimate_as(narrowed, plan, smaller, sharders)
         return Choice(
             plan, before, after, fits=fits_side_by_side(before, after, topology, chunk_bytes)
@@ -98,21 +102,36 @@ def choose_plan(
 
     if replan == "planner":
         return choice(narrowed.plan(smaller, sharders))
-    staying = choice(sticky_plan(old[0], smaller))
     if replan == "sticky":
-        return staying
-    try:
-        moving = choice(narrowed.plan(smaller, sharders))
-    except PlannerError:
-        moving = None
+        return choice(sticky_plan(old[0], smaller))
+    staying, moving = (
+        _tried(lambda: choice(sticky_plan(old[0], smaller))),
+        _tried(lambda: choice(narrowed.plan(smaller, sharders))),
+    )
+    if isinstance(staying, Exception):
+        if isinstance(moving, Exception):
+            raise moving from staying
+        return moving
+    if isinstance(moving, Exception):
+        planned_ms, planned_links = None, None
+    else:
+        assert moving.after is not None
+        planned_ms, planned_links = moving.after.step_ms, links(moving.plan)
     assert staying.after is not None
     comparison = compare(
-        staying.after.step_ms,
-        links(staying.plan),
-        moving.after.step_ms if moving and moving.after else None,
-        links(moving.plan) if moving else None,
-        topology,
-        steps_left,
+        staying.after.step_ms, links(staying.plan), planned_ms, planned_links, topology, steps_left
     )
-    chosen = moving if moving and comparison.decision == "planner" else staying
+    if isinstance(moving, Exception):
+        return dataclasses.replace(
+            staying, comparison=dataclasses.replace(comparison, reason=str(moving))
+        )
+    chosen = moving if comparison.decision == "planner" else staying
     return dataclasses.replace(chosen, comparison=comparison)
+
+
+def _tried(choose: Callable[[], Choice]) -> Choice | PlannerError | PoolingChangedError:
+    """A choice, or why there is none."""
+    try:
+        return choose()
+    except (PlannerError, PoolingChangedError) as error:
+        return error

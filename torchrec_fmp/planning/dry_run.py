@@ -14,6 +14,7 @@ from torchrec_fmp.config import ConfigError, load_config, read_yaml
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.sharded import sharders
 from torchrec_fmp.planning.planner import planner_for
+from torchrec_fmp.planning.replan import narrowed_planner
 from torchrec_fmp.planning.tables import features_by_table
 from torchrec_fmp.planning.what_if import WhatIf, what_if
 from torchrec_fmp.planning.what_if_config import TopologyConfig, check_known, load_what_if
@@ -66,9 +67,15 @@ def _run_what_if(request: Request) -> WhatIf:
         for names in groups.values():
             dropped += names[math.ceil(request.keep_fraction * len(names)) :]
     _check_dropped(dropped)
-    model = config.build()
-    planner = config.build_planner(model)
-    return what_if(model, config.build(dropped), planner, config.sharders(), config.steps_left)
+    model, smaller_model = config.build(), config.build(dropped)
+    return what_if(
+        model,
+        smaller_model,
+        config.build_planner(model),
+        config.build_planner(smaller_model),
+        config.sharders(),
+        config.steps_left,
+    )
 
 
 def _run_job(request: Request) -> WhatIf:
@@ -94,7 +101,9 @@ def _run_job(request: Request) -> WhatIf:
         config.planner, tables, config.train.batch_size, _topology(topology_overrides).build()
     )
     model_sharders = sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD})
-    return what_if(plain.model, cut(plain, selection).model, planner, model_sharders)
+    smaller_model = cut(plain, selection).model
+    smaller_planner = narrowed_planner(planner, plain.model, smaller_model)
+    return what_if(plain.model, smaller_model, planner, smaller_planner, model_sharders)
 
 
 def _dropped(request: Request, known: Sequence[str]) -> list[str]:

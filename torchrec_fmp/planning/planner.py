@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,11 +75,15 @@ def planner_for(
 
 
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
-    """Table -> sharding type, compute kernel and ranks; plain data for reports."""
+    """Table -> sharding type, compute kernel and ranks; plain data for reports.
+
+    A table whose name is in several collections is `fqn.table`.
+    """
+    count = Counter(table for module_plan in plan.plan.values() for table in module_plan)
     described: dict[str, dict[str, object]] = {}
-    for module_plan in plan.plan.values():
+    for fqn, module_plan in plan.plan.items():
         for table, sharding in module_plan.items():
-            described[table] = {
+            described[table if count[table] == 1 else f"{fqn}.{table}"] = {
                 "sharding_type": sharding.sharding_type,
                 "compute_kernel": sharding.compute_kernel,
                 "ranks": list(sharding.ranks or []),

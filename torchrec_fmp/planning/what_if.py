@@ -22,7 +22,7 @@ from torchrec_fmp.planning.estimates import (
     estimate_as,
     sharding_of,
 )
-from torchrec_fmp.planning.replan import Comparison, compare, narrowed_planner, sticky_plan
+from torchrec_fmp.planning.replan import Comparison, compare, sticky_plan
 from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
 from torchrec_fmp.reshard.boxes import shards_of
 from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes
@@ -89,6 +89,7 @@ def what_if(
     model: nn.Module,
     smaller_model: nn.Module,
     planner: EmbeddingShardingPlanner,
+    smaller_planner: EmbeddingShardingPlanner,
     sharders: Sharders,
     steps_left: int | None = None,
 ) -> WhatIf:
@@ -100,6 +101,7 @@ def what_if(
         model: unsharded, may be on meta.
         smaller_model: the same after the prune, under the same fqns.
         planner: for `model`.
+        smaller_planner: for `smaller_model`, on the same topology.
         sharders: as for `DistributedModelParallel`.
         steps_left: of the training after the prune; None if unknown.
 
@@ -108,25 +110,26 @@ def what_if(
     """
     topology = planner._topology
     tables = shardable_tables(smaller_model, sharders)
-    narrowed = narrowed_planner(planner, model, smaller_model)
     with tqdm(total=4, disable=None, leave=False) as progress:
         with _stage(progress, "planning the model"):
             old_plan, seconds = _planned(planner, model, sharders)
             old = estimate_as(planner, old_plan, model, sharders)
         with _stage(progress, "planning what is left"):
             try:
-                new_plan, new_seconds = _planned(narrowed, smaller_model, sharders)
+                new_plan, new_seconds = _planned(smaller_planner, smaller_model, sharders)
             except ValueError:
                 new_plan, new_seconds = None, None
         with _stage(progress, "what if tables stay"):
             sticky = sticky_plan(old_plan, smaller_model)
             links = _links(old_plan, sticky, tables, topology)
-            staying = _figures(estimate_as(narrowed, sticky, smaller_model, sharders), topology)
+            staying = _figures(
+                estimate_as(smaller_planner, sticky, smaller_model, sharders), topology
+            )
         moving, new_links = None, None
         with _stage(progress, "what if tables move"):
             if new_plan is not None:
                 new_links = _links(old_plan, new_plan, tables, topology)
-                new = estimate_as(narrowed, new_plan, smaller_model, sharders)
+                new = estimate_as(smaller_planner, new_plan, smaller_model, sharders)
                 moving = _figures(new, topology, new_seconds, new_links)
     return WhatIf(
         world_size=topology.world_size,

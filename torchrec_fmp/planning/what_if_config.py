@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,17 +10,17 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from jsonargparse import ArgumentParser
 from torch import nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.proposers import GreedyProposer
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from torchrec_fmp.config import check_positive, load, nearest
 from torchrec_fmp.gates.sharded import sharders
+from torchrec_fmp.planning.by_time import ByTimeEnumerator, ByTimeProposer
+from torchrec_fmp.planning.estimates import device_memory
 from torchrec_fmp.planning.tables import Sharders, shardable_tables
 
 _GIB = 2**30
@@ -84,19 +83,21 @@ class SearchConfig:
     """How far TorchRec's planner searches; docs/planning.md says what that takes.
 
     Args:
-        search: `by_size` gives each table one sharding type and the fused kernel, and leaves the
-            planner to place its shards; `greedy` lets its greedy proposer choose among all types
+        search: `by_time` lets TorchRec's planner choose among a few proposals, made of the fused
+            kernel and of few estimates; `greedy` lets its greedy proposer choose among all types
             and kernels; `full` runs its four default proposers.
-        sharding_types: TorchRec's names. `by_size` takes the first whose shards are small enough.
-        shard_fraction: of a rank's memory, which a shard may take with `by_size`.
+        sharding_types: to choose from; TorchRec's names.
+        shard_fraction: of a rank's memory, which a shard may take with `by_time`.
         reserved_fraction: of a rank's memory, for everything that is not a table.
     """
 
-    search: Literal["by_size", "greedy", "full"] = "by_size"
+    search: Literal["by_time", "greedy", "full"] = "by_time"
     sharding_types: Sequence[str] = (
         ShardingType.TABLE_WISE.value,
+        ShardingType.COLUMN_WISE.value,
         ShardingType.TABLE_ROW_WISE.value,
         ShardingType.ROW_WISE.value,
+        ShardingType.GRID_SHARD.value,
     )
     shard_fraction: float = 0.25
     reserved_fraction: float = 0.15
@@ -214,43 +215,39 @@ class WhatIfConfig:
         return nn.ModuleDict({"embedding_bag_collection": collection})
 
     def build_planner(self, model: nn.Module) -> EmbeddingShardingPlanner:
-        """TorchRec's planner for the model before anything is dropped."""
-        topology = self.topology.build()
-        constraints = {}
-        for table in shardable_tables(model, self.sharders()):
-            group = self.groups[table.name.removeprefix("t_").rpartition("_")[0]]
-            types, kernels = list(self.planner.sharding_types), None
-            if self.planner.search == "by_size":
-                types = [self._type_by_size(table.weight, topology)]
-                # Left to the planner, each table's kernel would double or triple the proposals.
-                kernels = [EmbeddingComputeKernel.FUSED.value]
-            constraints[table.name] = ParameterConstraints(
-                sharding_types=types,
-                compute_kernels=kernels,
-                pooling_factors=[group.pooling] * len(table.features),
+        """TorchRec's planner for the model, before or after features are dropped."""
+        topology, search = self.topology.build(), self.planner
+        by_time = search.search == "by_time"
+        constraints = {
+            table.name: ParameterConstraints(
+                sharding_types=list(search.sharding_types),
+                pooling_factors=[self._group_of(table.name).pooling] * len(table.features),
             )
+            for table in shardable_tables(model, self.sharders())
+        }
+        proposers = {"by_time": [ByTimeProposer()], "greedy": [GreedyProposer()], "full": None}
         return EmbeddingShardingPlanner(
             topology=topology,
             batch_size=self.batch_size,
             constraints=constraints,
-            # With one sharding type and one kernel for each table, this makes a single proposal.
-            proposer=None if self.planner.search == "full" else [GreedyProposer()],
-            storage_reservation=FixedPercentageStorageReservation(self.planner.reserved_fraction),
+            enumerator=self._enumerator(topology, constraints) if by_time else None,
+            proposer=proposers[search.search],
+            storage_reservation=FixedPercentageStorageReservation(search.reserved_fraction),
             debug=False,
             stats=[],
         )
 
-    def _type_by_size(self, weight: torch.Tensor, topology: Topology) -> str:
-        device = topology.devices[0].storage
-        capacity = device.ddr if topology.compute_device == "cpu" else device.hbm
-        for sharding_type in self.planner.sharding_types:
-            sizes, _ = calculate_shard_sizes_and_offsets(
-                weight, topology.world_size, topology.intra_group_size, sharding_type
-            )
-            largest = max(math.prod(size) for size in sizes) * weight.element_size()
-            if largest <= self.planner.shard_fraction * capacity:
-                return sharding_type
-        return self.planner.sharding_types[-1]
+    def _enumerator(
+        self, topology: Topology, constraints: dict[str, ParameterConstraints]
+    ) -> ByTimeEnumerator:
+        capacity = getattr(topology.devices[0].storage, device_memory(topology))
+        shard_bytes = self.planner.shard_fraction * capacity
+        return ByTimeEnumerator(
+            topology, self.batch_size, constraints, self.planner.sharding_types, shard_bytes
+        )
+
+    def _group_of(self, table: str) -> TableGroup:
+        return self.groups[table.removeprefix("t_").rpartition("_")[0]]
 
 
 def load_what_if(path: str, overrides: Sequence[str] = ()) -> WhatIfConfig:
