@@ -116,7 +116,8 @@ def test_table_bytes_are_those_of_the_kept_tables(result: dict[str, Any], tiny_r
 def test_the_manifest_says_what_the_prune_did(result: dict[str, Any], tiny_run: Path) -> None:
     manifest = read(tiny_run, "manifest.json")
     assert set(manifest) == {
-        *("dropped", "dense_columns", "table_bytes", "parameters", "plans", "parity_max_abs")
+        *("dropped", "dense_columns", "tables", "table_bytes", "parameters", "plans"),
+        *("estimates", "comparison", "moved_bytes", "copied_bytes", "staging", "parity_max_abs"),
     }
     assert manifest["dropped"] == result["dropped"]
     assert manifest["dense_columns"] == {"model.dense_arch": ["dense_0"]}
@@ -125,6 +126,12 @@ def test_the_manifest_says_what_the_prune_did(result: dict[str, Any], tiny_run: 
     assert manifest["parity_max_abs"] == result["parity_max_abs"]
     sharding = manifest["plans"]["after"]["t_main_0"]
     assert set(sharding) == {"sharding_type", "compute_kernel", "ranks"}
+    assert manifest["estimates"]["after"]["step_ms"] < manifest["estimates"]["before"]["step_ms"]
+    assert manifest["comparison"]["steps_left"] > 0
+    # One rank: nothing travels, and what is copied has row-wise Adagrad's state, too.
+    assert manifest["moved_bytes"] == 0
+    assert manifest["copied_bytes"] > manifest["table_bytes"]["after"]
+    assert manifest["staging"] == "none"
 
 
 def test_metrics_lines_cover_every_phase_in_order(tiny_run: Path) -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardingPlan
 
 from torchrec_fmp.agreement import all_or_none, check_equal
@@ -86,6 +87,7 @@ def prepare(
         raise ValueError("the model was sharded without a process group; prune needs one")
     check_equal(selection.digest(), "the selection", group)
     with all_or_none("cutting the model", group, move.timeout):
+        _check_detached(model)
         _check_decided(model, selection)
         old = blueprint(model)
         smaller = cut(old, selection)
@@ -146,6 +148,16 @@ def _on_rank_0(
             choices = [choose()]
     dist.broadcast_object_list(choices, dist.get_global_rank(group, 0), group, model.device)
     return choices[0]
+
+
+def _check_detached(model: nn.Module) -> None:
+    """A pipeline holds batches that it has distributed by the old plan."""
+    for fqn, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), BaseForward):
+            raise ValueError(
+                f"{fqn} is attached to a train pipeline: call pipeline.detach() before the prune, "
+                "and make a new pipeline for the new model"
+            )
 
 
 def _check_decided(model: nn.Module, selection: Selection) -> None:

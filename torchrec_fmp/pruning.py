@@ -23,7 +23,7 @@ from torchrec_fmp.planning.choice import Planner
 from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.preparation import Work, prepare
-from torchrec_fmp.reshard.data_parallel import crossing
+from torchrec_fmp.reshard.data_parallel import crossing, with_dense_states
 from torchrec_fmp.reshard.dense import fill_dense
 from torchrec_fmp.reshard.dense_optimizer import carry_optimizer, check_optimizer
 from torchrec_fmp.reshard.reshard import MoveConfig, check_layouts, reshard_tables
@@ -75,7 +75,7 @@ def prune(
             unless its tables were staged in host memory.
         optimizer: of the dense parameters, or TorchRec's `CombinedOptimizer` of all. The returned
             one belongs to the new model; schedulers that refer to it go on working. A table that
-            becomes data-parallel joins its first param group that holds data-parallel tables, or
+            comes to it from the fused optimizer joins its first param group that holds tables, or
             else its first that holds dense parameters; see docs/optimizer_state.md.
         selection: the same on every rank.
         planner: for the new plan, such as the one that planned the model.
@@ -104,6 +104,8 @@ def prune(
     cut_map, sources = work.smaller.cut_map, work.blueprint.sources
     with all_or_none("checking the optimizer", work.group, move.timeout):
         check_optimizer(optimizer, model, cut_map, sources)
+    current = with_dense_states(work.tables, optimizer, work.group, move.timeout)
+    work = dataclasses.replace(work, tables=current)
     expected: list[Tensor] = []
     if batch is not None:
         expected = outputs_before(model, selection, batch, forward)
@@ -147,7 +149,9 @@ class _Room:
         if self._work.manifest.staging == "host":
             self.lease = Lease()
             try:
-                with all_or_none("staging the tables", self._work.group, self._move.timeout):
+                with all_or_none(
+                    "staging the tables in host memory", self._work.group, self._move.timeout
+                ):
                     self._stage = HostStage(self._work.tables)
             except BaseException:
                 self._give_back()

@@ -59,16 +59,16 @@ def prune_with(
 def disturbed(disturb: Callable[[], None], victim: int, in_round: int) -> Any:
     """Context in which `disturb` happens on a rank before its n-th round of the exchange."""
     rounds = 0
-    one_round = mover._round
+    begin = mover._Round.__init__
 
     def interrupted(*args: Any) -> None:
         nonlocal rounds
         rounds += 1
         if rounds == in_round and dist.get_rank() == victim:
             disturb()
-        one_round(*args)
+        begin(*args)
 
-    return mock.patch.object(mover, "_round", interrupted)
+    return mock.patch.object(mover._Round, "__init__", interrupted)
 
 
 def train_around(disturb: Callable[[], None] | None, move: MoveConfig) -> tuple[Attempt, Run]:

@@ -338,7 +338,7 @@ def refused(case: Case, make: Make, to: str) -> tuple[str, bool]:
         (sgd, "row_wise", "data_parallel", "SGD keeps the states []"),
         (without_tables, "data_parallel", "row_wise", "does not hold its parameter"),
         (fused_only, "row_wise", "data_parallel", "pass the dense optimizer, too"),
-        (odd, "data_parallel", "row_wise", "could not be tried out"),
+        (odd, "row_wise", "data_parallel", "could not be tried out"),
     ],
 )
 def test_a_state_that_has_no_place_on_the_other_side_is_refused_and_the_old_model_goes_on(

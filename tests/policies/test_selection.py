@@ -101,3 +101,10 @@ def test_a_feature_decided_on_twice_is_refused() -> None:
     members = [f'"a": {json.dumps(asdict(decision))}' for decision in (KEPT, DROPPED)]
     with pytest.raises(ValueError, match="selection cannot be read: 'a' is given twice"):
         Selection.from_json(f"{{{', '.join(members)}}}")
+
+
+def test_features_can_be_dropped_by_name() -> None:
+    selection = Selection.dropping(["b", "a"], reason="stale")
+    assert (selection.kept, selection.dropped) == ([], ["b", "a"])
+    assert selection.gates == {"b": 0.0, "a": 0.0}
+    assert {decision.reason for decision in selection.features.values()} == {"stale"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,6 +55,14 @@ class Selection:
     def gates(self) -> dict[str, float]:
         """Feature -> gate, 0 for the dropped ones."""
         return {name: decision.gate for name, decision in self.features.items()}
+
+    @staticmethod
+    def dropping(names: Iterable[str], reason: str = "named") -> Selection:
+        """Drops these features; others, which must have no gates, are not touched.
+
+        For a model without gates, whose features to drop are known from elsewhere.
+        """
+        return Selection({name: FeatureDecision(0.0, 0.0, False, reason) for name in names})
 
     def to_json(self) -> str:
         """One JSON object per feature, by name."""

@@ -1,8 +1,10 @@
-"""Optimizer states of tables that become data-parallel, or that were.
+"""Optimizer states of tables that the dense optimizer trains, before or after.
 
-A data-parallel table is a dense parameter, whose states lie in a `torch.optim` optimizer; a sharded
-table's lie in FBGEMM's fused optimizer. Both give them the same names: `sum`, `exp_avg`,
-`exp_avg_sq`. States are matched by name and converted by shape, for a table of D columns:
+A data-parallel table, or a shard on the dense kernel, is a parameter, whose states lie in a
+`torch.optim` optimizer; those of other shards lie in FBGEMM's fused optimizer. Both give them the
+same names: `sum`, `exp_avg`, `exp_avg_sq`. So a table's states move from shard to shard, wherever
+they lie; where dense and fused optimizer differ, a shard of D columns first gets them as they were,
+and then converts them:
 
 - one value an element, or one a row, on both sides: copied;
 - element to row: the mean over the columns of the shard. Row-wise Adagrad accumulates the mean over
@@ -11,71 +13,106 @@ table's lie in FBGEMM's fused optimizer. Both give them the same names: `sum`, `
 - row to element: the row's value in every column. If the table was split by columns, each shard has
   a value of its own; the row's is their mean weighted by width.
 
-The step is carried, in the form that the optimizer keeps (tensor or number). Hyperparameters are
-not: those of the place that a table gets to apply.
+The step is carried, in the form that the optimizer keeps (tensor or number). From fused to dense or
+back hyperparameters are not: those of the place that a table gets to apply.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_fmp.reshard.boxes import Box
-from torchrec_fmp.reshard.dense_optimizer import Arrival, Crossed, Place, places
+from torchrec_fmp.agreement import all_or_none
+from torchrec_fmp.reshard.dense_optimizer import Crossed, Place, places
+from torchrec_fmp.reshard.dense_state import DenseState, sample_state
 from torchrec_fmp.reshard.local_shards import LocalShard
-from torchrec_fmp.reshard.tables import Tables
+from torchrec_fmp.reshard.tables import Layout, Tables, from_one_rank_each
 from torchrec_fmp.surgery.cut_map import CutMap
 
-# Rows and columns of a parameter that shows which states an optimizer keeps.
-_SAMPLE = torch.Size([2, 3])
-_PER_ROW = (torch.Size([2, 1]), torch.Size([2]))
+
+def with_dense_states(
+    current: Tables, optimizer: Optimizer, group: dist.ProcessGroup, timeout: timedelta
+) -> Tables:
+    """The tables of a model with what the dense optimizer keeps of them.
+
+    Collective.
+
+    Args:
+        current: without.
+        optimizer: that holds the dense tables, if any does.
+        group: of the model.
+        timeout: of the wait for the slowest rank.
+
+    Returns:
+        The tables. The states are views; those that do not belong to rows are left out.
+    """
+    if not current.dense:
+        return current
+    local = dict(current.local)
+    forms: dict[str, DenseState] = {}
+    with all_or_none("reading the dense optimizer's states", group, timeout):
+        held = {
+            parameter: state
+            for place in places(optimizer)
+            for parameter, state in place.optimizer.state.items()
+        }
+        for fqn in current.dense:
+            for i, shard in enumerate(current.local[fqn]):
+                state = held.get(shard.parameter, {})
+                forms[fqn] = DenseState.of(shard.parameter.shape, state)
+                states = {name: shard.part_of(state[name]) for name in forms[fqn].by_rows}
+                local[fqn] = [*local[fqn][:i], replace(shard, states=states), *local[fqn][i + 1 :]]
+    layouts = dict(current.layouts)
+    dense_shards = {fqn: current.shards[fqn] for fqn in current.dense}
+    for fqn, form in from_one_rank_each(dense_shards, lambda fqn: forms[fqn], group).items():
+        layouts[fqn] = replace(layouts[fqn], states=form.layout, step=form.step, form=form)
+    return replace(current, layouts=layouts, local=local)
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """The tables that change sides, between the dense and the fused optimizer.
+    """Tables that the dense optimizer trains before or after they move.
 
     Args:
         old: the tables to move from.
-        new: the tables to move to. Those that were data-parallel have no states in it: every rank
-            fills its own from the dense optimizer. Those that become data-parallel have room for
-            the states of the fused optimizer.
-        leaving: fqn after -> this rank's shards, with their states, and the dense optimizer's state
-            (empty before its first step), of each table that was data-parallel.
-        arriving: fqn after -> where in the dense optimizer a table goes that becomes data-parallel,
-            the state that a parameter has there after one step, and the table's own step.
+        new: the tables to move to; their states have the old ones' form.
+        filled: fqn after -> this rank's shards with the states that they are to have; those of
+            `new` are the same where no conversion is needed.
+        states: fqn after -> what the dense optimizer is to keep of this rank's part of a table.
+        groups: fqn after -> the param group that takes a table from the fused optimizer.
+        left: fqns after of the tables that leave the dense optimizer.
     """
 
     old: Tables
     new: Tables
-    leaving: Mapping[str, tuple[list[LocalShard], Mapping[str, Any]]]
-    arriving: Mapping[str, tuple[Place, Mapping[str, Any], int]]
+    filled: Mapping[str, list[LocalShard]]
+    states: Mapping[str, dict[str, Any]]
+    groups: Mapping[str, dict[str, Any]]
+    left: frozenset[str]
 
     @torch.no_grad()
     def finish(self) -> Crossed:
-        """Fills the new tables' fused states, once the tables have moved.
+        """Converts the new tables' states, once the tables have moved.
 
         Returns:
             What the dense optimizer is to take.
         """
-        for shards, state in self.leaving.values():
-            for shard in shards:
-                for name, target in shard.states.items():
-                    if name in state:
-                        target.copy_(converted(state[name], shard.box, target.dim() == 1))
-        arrivals = []
-        for fqn, (place, sample, step) in self.arriving.items():
-            (shard,) = self.new.local[fqn]
-            state = {name: _filled(name, value, shard, step) for name, value in sample.items()}
-            arrivals.append(Arrival(fqn, shard.parameter, place.group, state))
-        return Crossed(frozenset([*self.leaving, *self.arriving]), tuple(arrivals))
+        for fqn, shards in self.filled.items():
+            for moved, shard in zip(self.new.local[fqn], shards, strict=True):
+                for name, state in moved.states.items():
+                    target = shard.states[name]
+                    if target is not state:
+                        target.copy_(converted(state, shard.box.columns, target.dim() == 1))
+        return Crossed(self.states, self.groups, self.left)
 
 
 def crossing(
@@ -88,11 +125,11 @@ def crossing(
 ) -> Crossing:
     """Pairs the dense optimizer's states with the fused ones', before anything moves.
 
-    A table that becomes data-parallel goes to the first param group that holds data-parallel tables
-    of the old model, or, if there is none, to the first that holds dense parameters that survive.
+    A table that comes to the dense optimizer goes to the first param group that holds tables of the
+    old model, or, if there is none, to the first that holds dense parameters that survive.
 
     Args:
-        old: the tables before.
+        old: the tables before, from `with_dense_states`.
         new: the tables after; not changed.
         cut_map: gives each new table's source.
         optimizer: of the old model's dense parameters.
@@ -103,142 +140,180 @@ def crossing(
         ValueError: if a table would get other states than it has, or the optimizer has no place for
             it.
     """
-    old_layouts, new_layouts = dict(old.layouts), dict(new.layouts)
-    local = dict(new.local)
-    leaving, arriving = {}, {}
+    found = _Search(old, new, cut_map, optimizer, model, sources)
+    layouts = (dict(old.layouts), dict(new.layouts))
+    local = (dict(old.local), dict(new.local))
+    filled, states, groups, left = {}, {}, {}, set()
     for fqn in new.shards:
         source = cut_map.tensors[fqn].source
         before, after = old.layouts[source], new.layouts[fqn]
-        if source in old.data_parallel and fqn not in new.data_parallel:
-            by_row = {name: per_row for name, (_, per_row) in after.states.items()}
-            state = _leaving(fqn, old.local[source][0], set(by_row), optimizer)
-            leaving[fqn] = (new.local[fqn], state)
-            old_layouts[source] = replace(before, step=int(state.get("step", 0)))
-            new_layouts[fqn] = replace(after, states={})
-            local[fqn] = [replace(shard, states={}) for shard in new.local[fqn]]
-        elif fqn in new.data_parallel and source not in old.data_parallel:
-            (shard,) = new.local[fqn]
-            place = _destination(fqn, old, cut_map, optimizer, model, sources)
-            sample = _sample_state(fqn, place, shard.parameter)
-            _check_names(fqn, set(before.states), sample, place, "data-parallel")
-            arriving[fqn] = (place, sample, before.step)
-            new_layouts[fqn] = replace(after, states=before.states)
-            room = {
-                name: shard.weight.new_zeros(shard.box[2 : 3 if per_row else 4], dtype=dtype)
-                for name, (dtype, per_row) in before.states.items()
-            }
-            local[fqn] = [replace(shard, states=room)]
+        was_dense, is_dense = source in old.dense, fqn in new.dense
+        if not was_dense and not is_dense:
+            continue
+        if was_dense and is_dense and np.array_equal(old.shards[source], new.shards[fqn]):
+            # Each rank keeps its own, of whatever shape, with the other dense parameters.
+            layouts[0][source] = replace(before, states={})
+            local[0][source] = [replace(shard, states={}) for shard in old.local[source]]
+            continue
+        if was_dense:
+            _check_form(source, before, old.local[source])
+        if is_dense:
+            form = before.form
+            if not was_dense:
+                place = found.destination(fqn)
+                form = sample_state(fqn, place, before.dtype, model.device)
+                _check_names(fqn, form, set(before.states), place)
+                groups[fqn], form = place.group, form.at(before.step)
+            assert form is not None
+            states[fqn], filled[fqn] = _new_states(form, new.local[fqn])
+        else:
+            found.check_leaving(fqn)
+            left.add(fqn)
+            filled[fqn] = new.local[fqn]
+            layouts[0][source] = replace(before, **_schedule(old))
+        layouts[1][fqn] = replace(after, states=before.states)
+        local[1][fqn] = [_in_form_of(before, shard) for shard in filled[fqn]]
     return Crossing(
-        replace(old, layouts=old_layouts),
-        replace(new, layouts=new_layouts, local=local),
-        leaving,
-        arriving,
+        replace(old, layouts=layouts[0], local=local[0]),
+        replace(new, layouts=layouts[1], local=local[1]),
+        filled,
+        states,
+        groups,
+        frozenset(left),
     )
 
 
-def converted(state: Tensor, box: Box, by_row: bool) -> Tensor:
-    """The part of a whole table's state that a shard keeps.
+def converted(state: Tensor, columns: int, by_row: bool) -> Tensor:
+    """A shard's state in the other form.
 
     Args:
-        state: (rows, columns), (rows, 1) or (rows,) of the table.
-        box: the shard's.
-        by_row: whether the shard keeps one value a row.
+        state: (rows,) or (rows, columns).
+        columns: of the shard.
+        by_row: whether one value a row is wanted.
 
     Returns:
-        (rows,) or (rows, columns) of the box; may be a view.
+        (rows,) or (rows, columns); may be a view.
     """
-    rows = state.narrow(0, box.row, box.rows)
-    if rows.dim() == 2 and rows.shape[1] > 1:
-        part = rows.narrow(1, box.column, box.columns)
-        return part.float().mean(1) if by_row else part
-    values = rows.reshape(box.rows)
-    return values if by_row else values.unsqueeze(1).expand(box.rows, box.columns)
+    if state.dim() == 1:
+        return state if by_row else state.unsqueeze(1).expand(-1, columns)
+    return state.float().mean(1) if by_row else state
 
 
-def _leaving(
-    fqn: str, shard: LocalShard, names: set[str], optimizer: Optimizer
-) -> Mapping[str, Any]:
-    """The dense optimizer's state of a table that becomes sharded."""
-    parameter = shard.parameter
-    for place in places(optimizer):
-        if any(held is parameter for held in place.group["params"]):
-            _check_names(fqn, names, _sample_state(fqn, place, parameter), place, "sharded")
-            return place.optimizer.state.get(parameter, {})
-    if names:
+def _new_states(
+    form: DenseState, shards: list[LocalShard]
+) -> tuple[dict[str, Any], list[LocalShard]]:
+    """What the dense optimizer keeps of this rank's shards, and the shards with their parts."""
+    if not shards:
+        return {}, []
+    # All of them lie in one parameter.
+    state = form.zeros(shards[0].parameter)
+    return state, [
+        replace(shard, states={name: shard.part_of(state[name]) for name in form.by_rows})
+        for shard in shards
+    ]
+
+
+def _in_form_of(before: Layout, shard: LocalShard) -> LocalShard:
+    """The shard with the states that the table had, in other tensors where their form differs."""
+    states = {}
+    # The dense optimizer may not have started, and a shard without rows has no states.
+    for name in before.states.keys() & shard.states.keys():
+        state, (dtype, by_row) = shard.states[name], before.states[name]
+        if state.dtype != dtype or (state.dim() == 1) != by_row:
+            shape = shard.box[2 : 3 if by_row else 4]
+            state = torch.zeros(shape, dtype=dtype, device=shard.weight.device)
+        states[name] = state
+    return replace(shard, states=states)
+
+
+def _schedule(old: Tables) -> dict[str, Any]:
+    """Learning rate and scheduler's settings that all fused tables of the old model share."""
+    fused = [layout for fqn, layout in old.layouts.items() if fqn not in old.dense]
+    settings = [
+        {"learning_rate": layout.learning_rate, "hyperparameters": layout.hyperparameters}
+        for layout in fused
+    ]
+    return settings[0] if settings and all(other == settings[0] for other in settings) else {}
+
+
+def _check_form(fqn: str, layout: Layout, shards: list[LocalShard]) -> None:
+    """Sees whether the states of a table of the dense optimizer can move."""
+    assert layout.form is not None
+    if layout.form.odd:
         raise ValueError(
-            f"{fqn} was data-parallel, and its new fused optimizer keeps {sorted(names)}, but the "
-            "optimizer does not hold its parameter: pass the optimizer that trained it, or a plan "
-            "that keeps the table data-parallel"
+            f"{fqn} cannot be sharded otherwise: the dense optimizer keeps "
+            f"{list(layout.form.odd)}, which have no value for each row. Use an optimizer with one "
+            "value an element or a row, or leave the table where it is with "
+            'prune(..., replan="sticky")'
         )
-    return {}
+    for shard in shards:
+        if shard.states.keys() != layout.states.keys():
+            raise ValueError(
+                f"{fqn} has the states {sorted(shard.states)} in this rank's optimizer, and "
+                f"{sorted(layout.states)} on the first rank that holds it: train all ranks alike"
+            )
 
 
-def _destination(
-    fqn: str,
-    old: Tables,
-    cut_map: CutMap,
-    optimizer: Optimizer,
-    model: DistributedModelParallel,
-    sources: Mapping[str, str],
-) -> Place:
-    """Where the dense optimizer takes a table that becomes data-parallel."""
-    survivors = {
-        sources[tensor_cut.source]
-        for tensor_cut in cut_map.tensors.values()
-        if tensor_cut.source not in old.shards
-    }
-    data_parallel = {shard.parameter for shard in old if not shard.is_fused}
-    dense = {parameter for name, parameter in model.named_parameters() if name in survivors}
-    found = list(places(optimizer))
-    for wanted in (data_parallel, dense):
-        for place in found:
-            if any(parameter in wanted for parameter in place.group["params"]):
-                return place
-    raise ValueError(
-        f"{fqn} becomes data-parallel, so the dense optimizer has to train it, but no param group "
-        "of the optimizer given holds data-parallel tables or dense parameters: pass the dense "
-        "optimizer, too (in a CombinedOptimizer), or a plan that keeps the table sharded"
-    )
-
-
-def _sample_state(fqn: str, place: Place, like: nn.Parameter) -> dict[str, Any]:
-    """The state that the optimizer gives a small parameter in that group, after one step."""
-    kind = type(place.optimizer)
-    sample = nn.Parameter(torch.zeros(_SAMPLE, dtype=like.dtype, device=like.device))
-    sample.grad = torch.zeros_like(sample)
-    accepted = inspect.signature(kind).parameters.keys() - {"params"}
-    settings = {name: value for name, value in place.group.items() if name in accepted}
-    try:
-        optimizer = kind([sample], **settings)
-        optimizer.step()
-    except (TypeError, ValueError, RuntimeError) as error:
+def _check_names(fqn: str, form: DenseState, fused: set[str], place: Place) -> None:
+    if form.names != fused or form.odd or form.others.keys() & form.names:
         raise ValueError(
-            f"{fqn} cannot change between data-parallel and sharded with {kind.__name__}: which "
-            f"states it keeps could not be tried out ({error}). Pass a plan that leaves the table "
-            "as it is"
-        ) from error
-    return {name: value for name, value in optimizer.state[sample].items() if value is not None}
-
-
-def _check_names(
-    fqn: str, fused: set[str], sample: Mapping[str, Any], place: Place, becomes: str
-) -> None:
-    dense = {name for name in sample if name != "step"}
-    shapes = {name: value.shape for name, value in sample.items() if isinstance(value, Tensor)}
-    odd = [name for name in dense if shapes.get(name) not in (_SAMPLE, *_PER_ROW)]
-    if dense != fused or odd:
-        raise ValueError(
-            f"{fqn} becomes {becomes}: {type(place.optimizer).__name__} keeps the states "
-            f"{sorted(dense)} of a data-parallel table, the fused optimizer {sorted(fused)}. Give "
-            "dense and sharded tables optimizers with the same states, or pass a plan that leaves "
-            f"{fqn} as it is"
+            f"{fqn} changes between dense and fused optimizer: {type(place.optimizer).__name__} "
+            f"keeps the states {sorted(form.names)} of it, the fused optimizer {sorted(fused)}. "
+            "Give both the same states, or leave the table where it is: with "
+            'prune(..., replan="sticky"), or a planner whose ParameterConstraints (PlannerConfig) '
+            "do not have data_parallel and the dense kernel where the old plan had not"
         )
 
 
-def _filled(name: str, sample: Any, shard: LocalShard, step: int) -> Any:
-    """One of the states that the dense optimizer keeps of a table that has become data-parallel."""
-    if name == "step":
-        return torch.full_like(sample, step) if isinstance(sample, Tensor) else type(sample)(step)
-    per_row = sample.shape in _PER_ROW
-    value = converted(shard.states[name], shard.box, per_row).to(sample.dtype, copy=True)
-    return value.view(-1, *sample.shape[1:]) if per_row else value.contiguous()
+@dataclass(frozen=True)
+class _Search:
+    """Finds tables in the dense optimizer. Arguments are those of `crossing`."""
+
+    old: Tables
+    new: Tables
+    cut_map: CutMap
+    optimizer: Optimizer
+    model: DistributedModelParallel
+    sources: Mapping[str, str]
+
+    def check_leaving(self, fqn: str) -> None:
+        """Sees whether the fused optimizer can take the states of a table."""
+        source = self.cut_map.tensors[fqn].source
+        fused = set(self.new.layouts[fqn].states)
+        # A rank that does not hold the table has an empty parameter for it.
+        parameter = dict(self.model.named_parameters())[self.sources[source]]
+        for place in places(self.optimizer):
+            if any(held is parameter for held in place.group["params"]):
+                before = self.old.layouts[source]
+                form = before.form
+                if form is None or not form.names:  # As before the first step.
+                    form = sample_state(fqn, place, before.dtype, self.model.device)
+                _check_names(fqn, form, fused, place)
+                return
+        if fused:
+            raise ValueError(
+                f"{fqn} goes to the fused optimizer, which keeps {sorted(fused)}, but the "
+                "optimizer given does not hold its parameter: pass the one that trained it, or a "
+                "plan that leaves the table as it is"
+            )
+
+    def destination(self, fqn: str) -> Place:
+        """Where the dense optimizer takes a table that comes from the fused one."""
+        survivors = {
+            self.sources[tensor_cut.source]
+            for tensor_cut in self.cut_map.tensors.values()
+            if tensor_cut.source not in self.old.shards
+        }
+        tables = {self.sources[table] for table in self.old.dense}
+        named = list(self.model.named_parameters())
+        found = list(places(self.optimizer))
+        for wanted in (tables, survivors):
+            parameters = {parameter for name, parameter in named if name in wanted}
+            for place in found:
+                if any(parameter in parameters for parameter in place.group["params"]):
+                    return place
+        raise ValueError(
+            f"{fqn} comes to the dense optimizer, which has to train it, but no param group of the "
+            "optimizer given holds tables or dense parameters: pass the dense optimizer, too (in a "
+            "CombinedOptimizer), or a plan that leaves the table as it is"
+        )

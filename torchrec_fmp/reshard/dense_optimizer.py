@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,33 +34,27 @@ class Place(NamedTuple):
     group: dict[str, Any]
 
 
-class Arrival(NamedTuple):
-    """A table that has become data-parallel.
+@dataclass(frozen=True)
+class Crossed:
+    """Tables of the dense optimizer, before or after, that are placed anew. All by the fqn after.
 
     Args:
-        fqn: of its weight in the new model.
-        parameter: the weight.
-        group: the param group that takes it.
-        state: what the optimizer keeps of it.
+        states: what the optimizer keeps of each table that it has now.
+        groups: the param group that takes a table which was in the fused optimizer.
+        left: tables that are in the fused optimizer now.
     """
+
+    states: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    groups: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    left: frozenset[str] = frozenset()
+
+
+class _Arrival(NamedTuple):
+    """A table that comes from the fused optimizer."""
 
     fqn: str
     parameter: nn.Parameter
     group: dict[str, Any]
-    state: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Crossed:
-    """Tables that have changed sides, between the dense and the fused optimizer.
-
-    Args:
-        tables: their weights' fqns in the new model.
-        arrivals: those that the dense optimizer takes.
-    """
-
-    tables: frozenset[str] = frozenset()
-    arrivals: tuple[Arrival, ...] = ()
 
 
 def places(optimizer: Optimizer) -> Iterator[Place]:
@@ -131,8 +125,7 @@ def carry_optimizer(
         new: the new model.
         cut_map: of the new model.
         sources: fqn in the bare old model -> fqn in the old model.
-        crossed: tables that have become data-parallel or sharded; see `data_parallel.crossing` for
-            the param group that takes one.
+        crossed: tables that are placed anew; see `data_parallel.crossing`.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks
@@ -145,8 +138,10 @@ def carry_optimizer(
     """
     check_optimizer(optimizer, old, cut_map, sources)
     crossed = crossed or Crossed()
-    successors = _successors(old, new, cut_map, sources, crossed.tables)
-    prepared = _prepare(optimizer, (old, new), successors, crossed.arrivals)
+    successors = _successors(old, new, cut_map, sources, crossed)
+    parameters = dict(new.named_parameters())
+    arrivals = [_Arrival(fqn, parameters[fqn], group) for fqn, group in crossed.groups.items()]
+    prepared = _prepare(optimizer, (old, new), successors, arrivals, crossed.states)
     groups_before = len(optimizer.param_groups) if isinstance(optimizer, CombinedOptimizer) else 0
 
     def commit() -> Optimizer:
@@ -177,14 +172,14 @@ def _successors(
     new: DistributedModelParallel,
     cut_map: CutMap,
     sources: Mapping[str, str],
-    crossed: frozenset[str],
+    crossed: Crossed,
 ) -> dict[Tensor, _Successor]:
-    """Parameter of the old model -> its successor, but for tables that have changed sides."""
+    """Parameter of the old model -> its successor, but for tables that a fused optimizer has."""
     before = dict(old.named_parameters())
     found = {}
     for fqn, parameter in new.named_parameters():
         tensor_cut = cut_map.tensors.get(fqn)
-        if tensor_cut is None or fqn in crossed:
+        if tensor_cut is None or fqn in crossed.groups or fqn in crossed.left:
             continue
         old_fqn = sources[tensor_cut.source]
         # A rank that does not hold a sharded table has no parameter of it.
@@ -197,14 +192,15 @@ def _prepare(
     optimizer: Optimizer,
     models: tuple[DistributedModelParallel, DistributedModelParallel],
     successors: Mapping[Tensor, _Successor],
-    arrivals: tuple[Arrival, ...],
+    arrivals: Sequence[_Arrival],
+    states: Mapping[str, dict[str, Any]],
 ) -> Callable[[], Optimizer]:
     old, new = models
     if optimizer is old.fused_optimizer:
         return lambda: new.fused_optimizer
     if isinstance(optimizer, CombinedOptimizer):
         commits = [
-            (key, _prepare(part, models, successors, arrivals))
+            (key, _prepare(part, models, successors, arrivals, states))
             for key, part in optimizer.optimizers
         ]
 
@@ -214,15 +210,16 @@ def _prepare(
 
         return commit_parts
     if isinstance(optimizer, OptimizerWrapper):
-        inner = _prepare(optimizer._optimizer, models, successors, arrivals)
+        inner = _prepare(optimizer._optimizer, models, successors, arrivals, states)
         return _prepare_wrapper(optimizer, inner)
-    return _prepare_plain(optimizer, successors, arrivals)
+    return _prepare_plain(optimizer, successors, arrivals, states)
 
 
 def _prepare_plain(
     optimizer: Optimizer,
     successors: Mapping[Tensor, _Successor],
-    arrivals: tuple[Arrival, ...],
+    arrivals: Sequence[_Arrival],
+    table_states: Mapping[str, dict[str, Any]],
 ) -> Callable[[], Optimizer]:
     groups = []
     states: dict[Tensor, dict[str, Any]] = {}
@@ -241,22 +238,23 @@ def _prepare_plain(
             if key.endswith(successor.old_fqn):
                 key = key.removesuffix(successor.old_fqn) + successor.new_fqn
             keys[key] = successor.parameter
-            if before in optimizer.state:
+            if successor.new_fqn in table_states:
+                states[successor.parameter] = table_states[successor.new_fqn]
+            elif before in optimizer.state:
                 state = cut_state(optimizer.state[before], successor.tensor_cut)
                 states[successor.parameter] = state
         for arrival in arrivals:
             if arrival.group is group:
                 kept.append(arrival.parameter)
                 keys[arrival.fqn] = arrival.parameter
-                if arrival.state:
-                    states[arrival.parameter] = arrival.state
+                states[arrival.parameter] = table_states[arrival.fqn]
         groups.append(kept)
 
     def commit() -> Optimizer:
         for group, kept in zip(optimizer.param_groups, groups, strict=True):
             group["params"] = kept
         optimizer.state.clear()
-        optimizer.state.update(states)
+        optimizer.state.update({parameter: state for parameter, state in states.items() if state})
         if isinstance(optimizer, KeyedOptimizer):
             optimizer.params = keys
         return optimizer

@@ -37,7 +37,7 @@ class LocalShard:
         box: the part of the table.
         weight: (rows, columns).
         states: of the optimizer, by the names that FBGEMM and `torch.optim` share, such as `sum`;
-            each (rows,) or (rows, columns). Empty for a data-parallel table, whose state lies in
+            each (rows,) or (rows, columns). Empty at first on the dense kernel, whose states lie in
             the dense optimizer.
         kernel: the module that runs the lookup.
     """
@@ -60,8 +60,35 @@ class LocalShard:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The table's parameter, which the dense optimizer has if the table is data-parallel."""
+        """What the dense optimizer has of the table if the kernel is dense.
+
+        All column shards of a table on this rank lie in it, one below the other.
+        """
         return dict(self.kernel.named_parameters_by_table())[self.table]
+
+    def part_of(self, state: Tensor) -> Tensor:
+        """This shard's part of what the dense optimizer keeps of `parameter`; a view.
+
+        Args:
+            state: (P, columns), (P, 1) or (P,), where `parameter` has P rows.
+
+        Returns:
+            (rows, columns) or (rows,).
+
+        Raises:
+            ValueError: if the shard does not lie in the parameter, as TorchRec has it with column
+                shards of different widths on one rank.
+        """
+        parameter, columns = self.parameter, self.box.columns
+        start = (self.weight.storage_offset() - parameter.storage_offset()) // columns
+        if parameter.shape[1] != columns or start + self.box.rows > len(parameter):
+            raise ValueError(
+                f"table {self.table} has column shards of different widths on one rank, and with "
+                "the dense kernel TorchRec gives the optimizer only a part of them: pass a plan "
+                "with equal widths, or the fused kernel"
+            )
+        part = state.narrow(0, start, self.box.rows)
+        return part if state.shape == parameter.shape else part.view(self.box.rows)
 
 
 def sharded_collections(model: nn.Module) -> dict[str, ShardedCollection]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import torch
@@ -99,11 +100,16 @@ def reshard_tables(
         CorruptionError: on the rank that received something else than was sent.
     """
     moved = [(cut_map.tensors[fqn].source, fqn) for fqn in new.shards]
-    with all_or_none("moving the tables", group, config.timeout) as check:
+    # The ranks agree before any of them leaves the group: one that has nothing to exchange would
+    # close connections that others are still making.
+    with (
+        _own_group(group, config.timeout) as own,
+        all_or_none("moving the tables", group, config.timeout) as check,
+    ):
         todo = itinerary(old, new, moved, dist.get_rank(group))
         copy_local(todo)
-        if group.size() > 1:
-            _exchange(todo, group, device, config, check, lease)
+        if own is not None:
+            watched(partial(_exchange, todo, own, device, config, check, lease), check)
         for fqn, shards in new.local.items():
             scale = cut_map.tensors[fqn].scale
             for shard in shards:
@@ -120,25 +126,23 @@ def _exchange(
     check: Callable[[], None],
     lease: Lease | None,
 ) -> None:
-    with _own_group(group, config.timeout) as own:
-
-        def work() -> None:
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            with torch.no_grad():
-                exchange(todo, own, device, config.chunk_bytes, config.checksums, check, lease)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        if device.type == "cuda":
-            # The thread's stream may be another one.
-            torch.cuda.synchronize(device)
-        watched(work, check)
+    """The exchange, in a thread: which GPU and whether gradients are recorded is a thread's own."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # What the other threads have put on the GPU's streams comes first.
+        torch.cuda.synchronize(device)
+    with torch.no_grad():
+        exchange(todo, group, device, config.chunk_bytes, config.checksums, check, lease)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager
-def _own_group(group: dist.ProcessGroup, timeout: timedelta) -> Iterator[dist.ProcessGroup]:
-    """A group of the same ranks, which is given up if anything fails."""
+def _own_group(group: dist.ProcessGroup, timeout: timedelta) -> Iterator[dist.ProcessGroup | None]:
+    """A group of the same ranks, which is given up if anything fails; None for a single rank."""
+    if group.size() == 1:
+        yield None
+        return
     ranks = dist.get_process_group_ranks(group)
     # A part of the ranks can make a group on its own only under a name that is made of them, which
     # must not be used again: its addresses stay in the store. So that group is left to the exit.

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan, ShardingType
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_fmp.gates.collections import table_configs, weight_name
 from torchrec_fmp.reshard.boxes import shards_of
+from torchrec_fmp.reshard.dense_state import DenseState
 from torchrec_fmp.reshard.local_shards import (
     LocalShard,
     local_shards,
@@ -28,6 +35,8 @@ from torchrec_fmp.reshard.transfer_plan import TableMove
 from torchrec_fmp.surgery.cut_map import CutMap
 from torchrec_fmp.surgery.rules import join_fqn
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -35,12 +44,14 @@ class Layout:
 
     Args:
         dtype: of the weight.
-        states: of the fused optimizer by name: dtype, and whether there is one value a row (True)
-            or one an element. Empty for a data-parallel table.
-        step: of the fused optimizer.
+        states: of the optimizer by name: dtype, and whether there is one value a row (True) or one
+            an element. Empty for a table of the dense optimizer, until `with_dense_states` has read
+            them there.
+        step: of the optimizer.
         learning_rate: that the kernel used last. The parameter group's may be ahead of it, because
             a scheduler steps last.
         hyperparameters: of the fused optimizer's parameter group.
+        form: of what the dense optimizer keeps, once it has been read there.
     """
 
     dtype: torch.dtype
@@ -48,6 +59,7 @@ class Layout:
     step: int = 0
     learning_rate: float = 0.0
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    form: DenseState | None = None
 
     @property
     def bytes_per_element(self) -> int:
@@ -67,13 +79,14 @@ class Tables:
 
     Args:
         shards: all ranks' shards, (S,) of dtype `SHARD`.
-        data_parallel: tables that every rank holds whole, outside of any fused optimizer.
+        dense: tables whose shards are parameters of the dense optimizer: data-parallel ones, and
+            sharded ones on the dense kernel.
         layouts: what is kept of each.
         local: this rank's shards.
     """
 
     shards: Mapping[str, NDArray[np.void]]
-    data_parallel: frozenset[str]
+    dense: frozenset[str]
     layouts: Mapping[str, Layout]
     local: Mapping[str, list[LocalShard]]
 
@@ -97,32 +110,44 @@ def tables(model: nn.Module, group: dist.ProcessGroup) -> Tables:
 
     Collective: a rank may hold nothing of a table, so its layout, a few numbers, is gathered.
     """
-    rank, world_size = dist.get_rank(group), group.size()
+    world_size = group.size()
     shards: dict[str, NDArray[np.void]] = {}
     local: dict[str, list[LocalShard]] = defaultdict(list)
-    data_parallel = set()
+    dense = set()
     for fqn, collection in sharded_collections(model).items():
         for config in tables_of(collection):
             name = table_fqn(fqn, collection, config.name)
             sharding = collection.module_sharding_plan[config.name]
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value:
-                data_parallel.add(name)
+            if _is_dense(sharding):
+                dense.add(name)
             shape = (config.num_embeddings, config.embedding_dim)
             shards[name] = shards_of(sharding, *shape, world_size)
             local[name] = []
         for shard in local_shards(collection):
             local[table_fqn(fqn, collection, shard.table)].append(shard)
-    # One rank speaks for each table: with as many as hold it, a thousand ranks would send a million
-    # layouts.
+    layouts = from_one_rank_each(shards, lambda name: _layout(local[name][0]), group)
+    return Tables(shards, frozenset(dense), layouts, dict(local))
+
+
+def from_one_rank_each(
+    shards: Mapping[str, NDArray[np.void]], say: Callable[[str], _T], group: dist.ProcessGroup
+) -> dict[str, _T]:
+    """What the first rank that holds a table says of it, on every rank.
+
+    Collective. With as many as hold it, a thousand ranks would send a million answers.
+
+    Args:
+        shards: fqn -> all ranks' shards.
+        say: called with the fqn where this rank is the one.
+        group: all ranks.
+    """
+    rank = dist.get_rank(group)
     mine = {
-        name: _layout(local[name][0])
-        for name, held in shards.items()
-        if len(held) and held["rank"].min() == rank
+        name: say(name) for name, held in shards.items() if len(held) and held["rank"].min() == rank
     }
-    gathered: list[dict[str, Layout]] = [{}] * world_size
+    gathered: list[dict[str, _T]] = [{}] * group.size()
     dist.all_gather_object(gathered, mine, group=group)
-    layouts = {name: layout for part in gathered for name, layout in part.items()}
-    return Tables(shards, frozenset(data_parallel), layouts, dict(local))
+    return {name: said for part in gathered for name, said in part.items()}
 
 
 class TableShape(NamedTuple):
@@ -176,6 +201,13 @@ def planned_moves(
         sizes = (layout.bytes_per_element, layout.bytes_per_row)
         moves.append(TableMove(fqn, old.shards[source], targets, *sizes))
     return moves
+
+
+def _is_dense(sharding: ParameterSharding) -> bool:
+    return (
+        sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        or sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value
+    )
 
 
 def _layout(shard: LocalShard) -> Layout:
