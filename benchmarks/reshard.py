@@ -150,7 +150,7 @@ def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
     ):
         rows = int(gib * 2**30 / options.tables / (4 * DIM + 4))
         models = [build(options.tables, rows, some) for some in (0, shift)]
-        old, new = (tables(model, group) for model in models)
+        old, new = (tables(model, group, MoveConfig().timeout) for model in models)
         total = torch.tensor(old.local_bytes())
         dist.all_reduce(total)
         baselines: dict[str, Callable[[], None]] = {

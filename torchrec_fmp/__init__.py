@@ -36,7 +36,12 @@ if TYPE_CHECKING:
     from torchrec_fmp.pruning import prune as prune
     from torchrec_fmp.reshard.reshard import MoveConfig as MoveConfig
     from torchrec_fmp.scores.gate_scores import gate_scores as gate_scores
+    from torchrec_fmp.surgery.dense import cut_linear as cut_linear
+    from torchrec_fmp.surgery.dense import kept_columns as kept_columns
+    from torchrec_fmp.surgery.rules import Cutter as Cutter
     from torchrec_fmp.surgery.rules import cut_rule as cut_rule
+    from torchrec_fmp.surgery.rules import join_fqn as join_fqn
+    from torchrec_fmp.surgery.tables import cut_tables as cut_tables
     from torchrec_fmp.train import GateSchedule as GateSchedule
 
 # Imported at first use, so that `torchrec-fmp doctor` runs where torch cannot be imported.
@@ -61,7 +66,12 @@ _HOMES = {
     "prune": "pruning",
     "MoveConfig": "reshard.reshard",
     "gate_scores": "scores.gate_scores",
+    "cut_linear": "surgery.dense",
+    "kept_columns": "surgery.dense",
+    "Cutter": "surgery.rules",
     "cut_rule": "surgery.rules",
+    "join_fqn": "surgery.rules",
+    "cut_tables": "surgery.tables",
     "GateSchedule": "train",
 }
 

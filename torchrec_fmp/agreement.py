@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+_T = TypeVar("_T")
 
 _PATIENCE = timedelta(minutes=30)
 _POLL_SECONDS = 0.5
@@ -94,7 +97,7 @@ def all_or_none(
 
     try:
         yield check
-    except Exception as error:
+    except BaseException as error:
         own = f"rank {rank}: {error!r}"
         said = own
         # Without its store, the others notice on their own.
@@ -158,24 +161,33 @@ class Lease:
             self._ended = True
 
 
-def watched(work: Callable[[], None], check: Callable[[], None]) -> None:
+def watched(work: Callable[[Callable[[], None]], _T], check: Callable[[], None]) -> _T:
     """Runs work that may wait for other ranks, and gives up on it when one of them has failed.
 
     The work runs in a thread: nothing can interrupt a gloo transfer whose peer never answers, so
     it is left to its process group's timeout.
 
     Args:
-        work: what to run.
+        work: what to run. It is given a function that raises PeerError once it was given up.
         check: raises if another rank has failed; see `all_or_none`.
+
+    Returns:
+        What `work` returns.
 
     Raises:
         Exception: what `work` or `check` raises.
     """
+    given_up = threading.Event()
+    results: list[_T] = []
     errors: list[BaseException] = []
+
+    def go_on() -> None:
+        if given_up.is_set():
+            raise PeerError("the work was given up, because another rank failed")
 
     def run() -> None:
         try:
-            work()
+            results.append(work(go_on))
         except BaseException as error:
             errors.append(error)
 
@@ -184,9 +196,14 @@ def watched(work: Callable[[], None], check: Callable[[], None]) -> None:
     while thread.is_alive():
         thread.join(_POLL_SECONDS)
         if thread.is_alive():
-            check()
+            try:
+                check()
+            except BaseException:
+                given_up.set()
+                raise
     if errors:
         raise errors[0]
+    return results[0]
 
 
 def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> float:

@@ -32,8 +32,8 @@ class Manifest:
         plans: TorchRec's plans, before and after.
         estimates: by TorchRec's planner, of both plans; None with another planner.
         comparison: of staying and moving, where the plan was chosen by it.
-        link_bytes: (ranks, ranks) int64, tables and their optimizer state from each rank to each;
-            the diagonal is copied where it is.
+        link_bytes: (ranks, ranks) int64, tables and the state of fused optimizers, from each rank
+            to each; the diagonal is copied where it is.
         staging: whether the old tables went through host memory.
         parity_max_abs: max abs difference of the outputs over all ranks; None without a batch, and
             before the prune.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel, DMPCollection
 from torchrec.distributed.train_pipeline.runtime_forwards import BaseForward
 from torchrec.distributed.types import ShardingPlan
 
@@ -24,6 +25,7 @@ from torchrec_fmp.reshard.reshard import MoveConfig
 from torchrec_fmp.reshard.tables import Tables, planned_moves, table_shapes, tables
 from torchrec_fmp.reshard.transfer_plan import link_bytes
 from torchrec_fmp.surgery.blueprint import Blueprint, blueprint
+from torchrec_fmp.surgery.compiled import bare_fqn
 from torchrec_fmp.surgery.cut import Cut, cut, parameter_count, table_bytes
 
 
@@ -80,25 +82,41 @@ def prepare(
     replan: Replan,
     steps_left: int | None,
     move: MoveConfig,
+    also: object = None,
 ) -> Work:
-    """Cuts the blueprint and plans the smaller model, the same on every rank. See `prune`."""
+    """Cuts the blueprint and plans the smaller model, the same on every rank. See `prune`.
+
+    `also` are further arguments that all ranks must have been given alike.
+    """
+    if not isinstance(model, DistributedModelParallel):
+        raise TypeError(
+            f"the model is a {type(model).__name__}: pass the DistributedModelParallel itself"
+        )
     group = model._env.process_group
     if group is None:
         raise ValueError("the model was sharded without a process group; prune needs one")
+    if isinstance(model, DMPCollection):
+        raise TypeError(
+            "the model is a DMPCollection, whose replicas of the tables a prune would no longer "
+            "keep alike; only DistributedModelParallel can be pruned"
+        )
     check_equal(selection.digest(), "the selection", group)
+    arguments = repr((replan, steps_left, move, also))
+    check_equal(arguments, "an argument beside the batch (or whether there is a batch)", group)
     with all_or_none("cutting the model", group, move.timeout):
         _check_detached(model)
         _check_decided(model, selection)
         old = blueprint(model)
         smaller = cut(old, selection)
     check_equal(smaller.cut_map.digest(), "the cut", group)
-    current = tables(model, group)
+    old_plan = _renamed(model.plan, old.model)
+    current = tables(model, group, move.timeout)
     links = partial(_links, current, smaller, group.size())
     choose = partial(
         choose_plan,
         planner,
         replan,
-        (model.plan, old.model),
+        (old_plan, old.model),
         smaller.model,
         model.sharders,
         links,
@@ -115,13 +133,19 @@ def prepare(
         tables=(len(current.shards), len(table_shapes(smaller.model))),
         table_bytes=(table_bytes(old.model), table_bytes(smaller.model)),
         parameters=(parameter_count(old.model), parameter_count(smaller.model)),
-        plans=(model.plan, choice.plan),
+        plans=(old_plan, choice.plan),
         estimates=None if not choice.before or not choice.after else (choice.before, choice.after),
         comparison=choice.comparison,
         link_bytes=links(choice.plan),
         staging="host" if move.staging == "host" or _must_stage(move, choice) else "none",
     )
     return Work(model, group, current, old, smaller, manifest)
+
+
+def _renamed(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
+    """The plan by the fqns of today: `torch.compile` wraps modules, after sharding too."""
+    names = {bare_fqn(fqn): fqn for fqn, _ in model.named_modules()}
+    return ShardingPlan({names.get(bare_fqn(fqn), fqn): p for fqn, p in plan.plan.items()})
 
 
 def _links(current: Tables, smaller: Cut, world_size: int, plan: ShardingPlan) -> NDArray[np.int64]:
@@ -143,7 +167,8 @@ def _on_rank_0(
     if not table_shapes(smaller):
         return Choice(ShardingPlan({}))
     choices: list[Choice] = [Choice(ShardingPlan({}))]
-    with all_or_none("planning", group):
+    # However long the user's planner takes.
+    with all_or_none("planning", group, timedelta(days=1)):
         if dist.get_rank(group) == 0:
             choices = [choose()]
     dist.broadcast_object_list(choices, dist.get_global_rank(group, 0), group, model.device)

@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
+import traceback
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrec.distributed.embedding_types import ShardedEmbeddingModule
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
-from torchrec_fmp.agreement import Lease, all_or_none, largest
+from torchrec_fmp.agreement import Lease, all_or_none, largest, watched
+from torchrec_fmp.gates.gated import GatedDense
+from torchrec_fmp.gates.sharded import ShardedGatedCollection
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.planning.choice import Planner
 from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.preparation import Work, prepare
-from torchrec_fmp.reshard.data_parallel import crossing, with_dense_states
+from torchrec_fmp.reshard.crossing import crossing, with_dense_states
 from torchrec_fmp.reshard.dense import fill_dense
 from torchrec_fmp.reshard.dense_optimizer import carry_optimizer, check_optimizer
+from torchrec_fmp.reshard.local_shards import local_shards, sharded_collections
 from torchrec_fmp.reshard.reshard import MoveConfig, check_layouts, reshard_tables
 from torchrec_fmp.reshard.staging import HostStage, release
-from torchrec_fmp.reshard.tables import Tables, tables
+from torchrec_fmp.reshard.tables import tables
 from torchrec_fmp.surgery.parity import Forward, compare, outputs_after, outputs_before
 
 _logger = logging.getLogger(__name__)
@@ -68,13 +73,16 @@ def prune(
 
     Collective: every rank of the model's process group calls it. TorchRec's planner makes a new
     plan; tables, their fused optimizer state, dense parameters and the state of `optimizer` move to
-    their new places. The new model holds plain TorchRec modules under the original fqns.
+    their new places. The new model holds plain TorchRec modules under the original fqns. What
+    `torch.compile` wraps is wrapped again with the same backend and options and compiles anew;
+    modules compiled in place by `module.compile()` are plain afterwards, with a warning.
 
     Args:
         model: the sharded model, gated or not. Free it afterwards; until then it can be used,
             unless its tables were staged in host memory.
         optimizer: of the dense parameters, or TorchRec's `CombinedOptimizer` of all. The returned
-            one belongs to the new model; schedulers that refer to it go on working. A table that
+            one belongs to the new model; schedulers that refer to it go on working, but one that
+            refers to `model.fused_optimizer`, which is replaced, is to be made anew. A table that
             comes to it from the fused optimizer joins its first param group that holds tables, or
             else its first that holds dense parameters; see docs/optimizer_state.md.
         selection: the same on every rank.
@@ -91,7 +99,10 @@ def prune(
 
     Raises:
         ParityError: if the outputs differ by more than the tolerance on any rank.
-        RuntimeError: if ranks were given different selections, or another rank failed.
+        RuntimeError: if ranks were given different arguments, or another rank failed or did not
+            answer. If that was in a forward pass, the process group is of no use afterwards.
+        PlannerError: if the planner finds no plan, and `replan` is `planner`.
+        CorruptionError: if a message arrives changed; with `MoveConfig.checksums`.
         TypeError: if a module reads a dropped feature and has no cut rule, or the optimizer keeps
             parameters anywhere but in its param groups.
         ValueError: if the selection does not fit the model, or the optimizer does not, or the old
@@ -99,7 +110,13 @@ def prune(
     """
     move = move or MoveConfig()
     work = prepare(
-        model, selection, planner=planner, replan=replan, steps_left=steps_left, move=move
+        model,
+        selection,
+        planner=planner,
+        replan=replan,
+        steps_left=steps_left,
+        move=move,
+        also=(tolerance, batch is None),
     )
     cut_map, sources = work.smaller.cut_map, work.blueprint.sources
     with all_or_none("checking the optimizer", work.group, move.timeout):
@@ -108,11 +125,10 @@ def prune(
     work = dataclasses.replace(work, tables=current)
     expected: list[Tensor] = []
     if batch is not None:
-        expected = outputs_before(model, selection, batch, forward)
+        expected = _outputs_before(work, selection, batch, forward)
     with _Room(work, move) as room:
-        new = _build(work)
-        filled = tables(new, work.group)
-        room.takes(filled)
+        new = _build(work, move)
+        filled = tables(new, work.group, move.timeout)
         with all_or_none("matching the optimizers' states", work.group, move.timeout):
             cross = crossing(room.old, filled, cut_map, optimizer, model, sources)
         check_layouts(cross.old, cross.new, cut_map)
@@ -121,11 +137,9 @@ def prune(
             commit = carry_optimizer(optimizer, model, new, cut_map, sources, cross.finish())
         manifest = work.manifest
         if batch is not None:
-            dense_features = work.blueprint.dense_features
-            actual = outputs_after(new, selection, batch, forward, dense_features)
-            max_abs = _check_parity(expected, actual, tolerance, work)
+            max_abs = _check_parity(work, new, expected, batch, forward, tolerance)
             manifest = dataclasses.replace(manifest, parity_max_abs=max_abs)
-        new.train(model.training)
+        _restore_modes(model, new)
     _logger.info("pruned %d of %d features", len(selection.dropped), len(selection.features))
     return Pruned(new, commit(), manifest)
 
@@ -141,7 +155,6 @@ class _Room:
         self._work = work
         self._move = move
         self._stage: HostStage | None = None
-        self._new: Tables | None = None
         self.lease: Lease | None = None
         self.old = work.tables
 
@@ -153,33 +166,33 @@ class _Room:
                     "staging the tables in host memory", self._work.group, self._move.timeout
                 ):
                     self._stage = HostStage(self._work.tables)
-            except BaseException:
-                self._give_back()
+            except BaseException as error:
+                self._give_back(error)
                 raise
             self.old = self._stage.tables
         return self
 
-    def takes(self, new: Tables) -> None:
-        """The new model's tables, once there are some."""
-        self._new = new
-
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
-            self._give_back()
+            self._give_back(error)
 
-    def _give_back(self) -> None:
-        if self.lease is not None:
-            self.lease.end()
+    def _give_back(self, error: BaseException) -> None:
+        if self.lease is None:
+            return
+        self.lease.end()
         if self._stage is not None:
-            if self._new is not None:
-                release(self._new)
+            # A collection that failed half way is held by the frames that built it alone.
+            traceback.clear_frames(error.__traceback__)
+            # Sharding replaces the smaller model's collections in place, one after the other.
+            for collection in sharded_collections(self._work.smaller.model).values():
+                release(local_shards(collection))
             self._stage.restore()
 
 
-def _build(work: Work) -> DistributedModelParallel:
+def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
     """The smaller model with its dense weights, sharded by the new plan; tables are not filled."""
     model = work.model
-    with all_or_none("cutting the dense parameters", work.group):
+    with all_or_none("cutting the dense parameters", work.group, move.timeout):
         fill_dense(
             work.smaller.model,
             _dense_tensors(model),
@@ -190,7 +203,7 @@ def _build(work: Work) -> DistributedModelParallel:
     # go on as if nothing had happened.
     devices = [] if model.device.type == "cpu" else [model.device]
     with torch.random.fork_rng(devices, device_type=model.device.type):
-        with all_or_none("building the smaller model", work.group):
+        with all_or_none("building the smaller model", work.group, move.timeout):
             new = DistributedModelParallel(
                 work.smaller.model,
                 env=model._env,
@@ -218,23 +231,82 @@ def _dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
     return {fqn: tensor for fqn, tensor in tensors if not fqn.startswith(sharded)}
 
 
+def _outputs_before(work: Work, selection: Selection, batch: Any, forward: Forward) -> list[Tensor]:
+    """What the pruned model will have to compute."""
+    expected = _together(
+        "the old model's forward",
+        work,
+        partial(outputs_before, work.model, selection, batch, forward),
+    )
+    finite = all(bool(tensor.isfinite().all()) for tensor in expected)
+    if largest(float(not finite), work.group, work.model.device):
+        raise ValueError(
+            "the old model's output is not finite on this batch, on this rank or another, so the "
+            "pruned model could not be compared with it: nothing was changed"
+        )
+    return expected
+
+
 def _check_parity(
-    expected: list[Tensor], actual: list[Tensor], tolerance: float, work: Work
+    work: Work,
+    new: DistributedModelParallel,
+    expected: list[Tensor],
+    batch: Any,
+    forward: Forward,
+    tolerance: float,
 ) -> float:
     """Max abs difference over all ranks."""
+    selection, dense_features = work.manifest.selection, work.blueprint.dense_features
+    actual = _together(
+        "the new model's forward",
+        work,
+        partial(outputs_after, new, selection, batch, forward, dense_features),
+    )
     with all_or_none("comparing the models", work.group):
         difference = compare(expected, actual)
     max_abs = largest(difference.max_abs, work.group, work.model.device)
     relative = largest(difference.relative, work.group, work.model.device)
-    if math.isnan(max_abs):
-        raise ValueError(
-            "the old model's output is not finite on this batch, so the pruned model cannot be "
-            "compared with it: nothing was changed"
-        )
     if not relative <= tolerance:
         raise ParityError(
             f"pruned and old outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "
             f"largest), more than {tolerance:.3g}: a cut rule does not do what its module "
-            "computes. Nothing was changed"
+            "computes, or a gate was folded into a table of low precision, which needs a larger "
+            "tolerance. Nothing was changed"
         )
     return max_abs
+
+
+def _together(what: str, work: Work, outputs: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """A forward pass that ends on all ranks if it fails on one.
+
+    The others wait for that rank in a collective, which only the group's timeout ends: it is left
+    behind in its thread, and the group is of no use afterwards.
+    """
+    if work.group.size() == 1:
+        return outputs()
+
+    def run(_: Callable[[], None]) -> list[Tensor]:
+        if work.model.device.type == "cuda":
+            torch.cuda.set_device(work.model.device)
+        return outputs()
+
+    with all_or_none(what, work.group) as check:
+        return watched(run, check)
+
+
+def _restore_modes(old: nn.Module, new: nn.Module) -> None:
+    """Each module trains or evaluates as the old one of its fqn, and a new one as the model."""
+    modes: dict[str, bool] = {}
+    inner: dict[str, str] = {}
+    for fqn, module in get_unwrapped_module(old).named_modules():
+        if isinstance(module, (ShardedGatedCollection, GatedDense)):
+            name = module.inner if isinstance(module, ShardedGatedCollection) else "_module"
+            inner[f"{fqn}.{name}"] = fqn
+        for wrapped, plain in inner.items():
+            if fqn == wrapped or fqn.startswith(f"{wrapped}."):
+                fqn = plain + fqn[len(wrapped) :]
+                break
+        modes[fqn] = module.training
+    new.train(old.training)
+    for fqn, module in get_unwrapped_module(new).named_modules():
+        module.training = modes.get(fqn, old.training)

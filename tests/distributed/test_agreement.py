@@ -199,12 +199,18 @@ def test_a_loss_that_nobody_explains_is_the_error(ranks_2: ProcessGroup) -> None
     assert other == "RuntimeError: counting failed on rank 0: PeerError('rank 1 is gone')"
 
 
-def watching() -> tuple[str, bool]:
-    """What rank 0 raises while its work waits for ever, and whether the work had ended."""
+def watching() -> tuple[str, bool, bool]:
+    """What rank 0 raises while its work waits for ever, whether it had ended, and may go on."""
     release, ended = threading.Event(), threading.Event()
+    stopped: list[str] = []
 
-    def stuck() -> None:
+    def stuck(go_on: Callable[[], None]) -> None:
+        go_on()
         release.wait()
+        try:
+            go_on()
+        except PeerError as error:
+            stopped.append(str(error))
         ended.set()
 
     def work(check: Callable[[], None]) -> None:
@@ -215,21 +221,28 @@ def watching() -> tuple[str, bool]:
     error = raised(work)
     had_ended = ended.is_set()
     release.set()
-    return error, had_ended
+    if dist.get_rank() == 0:
+        assert ended.wait(10)
+    return error, had_ended, bool(stopped)
 
 
 def test_work_that_waits_for_ever_is_given_up_when_another_rank_fails(
     ranks_2: ProcessGroup,
 ) -> None:
-    assert ranks_2.run(watching)[0] == (OF_RANK_1, False)
+    assert ranks_2.run(watching)[0] == (OF_RANK_1, False, True)
 
 
 def test_watched_work_is_done_before_it_returns_and_its_error_is_raised() -> None:
     done: list[int] = []
-    watched(lambda: done.append(threading.get_ident()), lambda: None)
+
+    def work(_: Callable[[], None]) -> str:
+        done.append(threading.get_ident())
+        return "seven"
+
+    assert watched(work, lambda: None) == "seven"
     assert len(done) == 1 and done[0] != threading.get_ident()
 
-    def fail() -> None:
+    def fail(_: Callable[[], None]) -> None:
         raise KeyError("seven")
 
     with pytest.raises(KeyError, match="seven"):

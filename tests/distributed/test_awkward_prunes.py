@@ -40,6 +40,7 @@ from tests.distributed.runs import Run, assert_equal_runs
 from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.policies.selection import FeatureDecision, Selection
 from torchrec_fmp.pruning import prune
+from torchrec_fmp.reshard.reshard import MoveConfig
 from torchrec_fmp.reshard.tables import tables
 from torchrec_fmp.surgery.dense import cut_linear
 from torchrec_fmp.surgery.rules import Cutter, cut_rule, join_fqn
@@ -296,7 +297,7 @@ def named_pieces(dmp: DistributedModelParallel) -> Pieces:
     """As `pieces`, with the tables' fqns."""
     assert dist.group.WORLD is not None
     found: Pieces = []
-    for fqn, held in tables(dmp, dist.group.WORLD).local.items():
+    for fqn, held in tables(dmp, dist.group.WORLD, MoveConfig().timeout).local.items():
         for some in held:
             for name, tensor in some.tensors.items():
                 value = tensor.clone()

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
 import pytest
 import torch
@@ -76,6 +77,7 @@ class Case:
         placement: of every table.
         gates: None for the plain model.
         variable_batch: whether every feature has a batch size of its own.
+        expanded: whether those batches are brought to one size by their `inverse_indices`.
         mean: pooling of the tables `t_mean` and `t_weighted_mean`.
         optimizer: fused.
     """
@@ -83,6 +85,7 @@ class Case:
     placement: Placement
     gates: GateConfig | None = None
     variable_batch: bool = False
+    expanded: bool = False
     mean: PoolingType = PoolingType.MEAN
     optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD
 
@@ -218,11 +221,29 @@ def batches(case: Case) -> Iterator[Inputs]:
     """Features of the plain collections, of the weighted one, and labels; each rank has its own."""
     generator = torch.Generator().manual_seed(1000 + dist.get_rank())
     for _ in range(STEPS):
-        yield (
-            features("gdcba", case.variable_batch, generator),
-            features("fe", case.variable_batch, generator, weighted=True),
-            torch.rand(BATCH_SIZE, generator=generator),
-        )
+        plain = features("gdcba", case.variable_batch, generator)
+        weighted = features("fe", case.variable_batch, generator, weighted=True)
+        labels = torch.rand(BATCH_SIZE, generator=generator)
+        if case.expanded:
+            plain, weighted = expand(plain), expand(weighted)
+        yield plain, weighted, labels
+
+
+def expand(some: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """The same examples with a bag of their own for every feature."""
+    bags: list[Tensor] = []
+    weights: list[Tensor] = []
+    for jagged, row in zip(some.to_dict().values(), some.inverse_indices()[1], strict=True):
+        lengths = jagged.lengths().tolist()
+        bags += [jagged.values().split(lengths)[i] for i in row]
+        if some.weights_or_none() is not None:
+            weights += [jagged.weights().split(lengths)[i] for i in row]
+    return KeyedJaggedTensor(
+        keys=some.keys(),
+        values=torch.cat(bags),
+        lengths=torch.tensor([len(bag) for bag in bags]),
+        weights=torch.cat(weights) if weights else None,
+    )
 
 
 def features(
@@ -360,6 +381,26 @@ def test_open_gates_change_no_bit_where_every_feature_has_its_own_batch_size(
     ranks_4: ProcessGroup,
 ) -> None:
     check_open_gates(ranks_4, Case(VARIABLE_BATCH, variable_batch=True), 2)
+
+
+@pytest.mark.parametrize(("sampling", "centered"), [("example", True), ("batch", False)])
+def test_sampled_gates_train_as_on_the_expanded_batch_where_every_feature_has_its_own_batch_size(
+    ranks_4: ProcessGroup, sampling: Literal["example", "batch"], centered: bool
+) -> None:
+    gates = GateConfig(sampling=sampling, centered=centered)
+    case = Case(VARIABLE_BATCH, gates, variable_batch=True, optimizer=EmbOptimType.EXACT_SGD)
+    for expected, computed in zip(
+        ranks_4.run(trained, replace(case, expanded=True), False, 2),
+        ranks_4.run(trained, case, False, 2),
+        strict=True,
+    ):
+        # Two features have one bag for all examples, from which a centered gate learns nothing.
+        moved = torch.cat([*expected.log_alphas.values()]) != gates.initial_log_alpha
+        assert moved.sum() == (5 if centered else 7)
+        close = partial(torch.testing.assert_close, rtol=0, atol=1e-5)
+        close(computed.log_alphas, expected.log_alphas)
+        close(computed.steps, expected.steps)
+        close(computed.state, expected.state)
 
 
 def means(placement: Placement) -> tuple[Tensor, Tensor]:

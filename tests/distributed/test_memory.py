@@ -64,7 +64,7 @@ def peak_bytes(case: Case, to: str, staging: Staging) -> tuple[int, int, int]:
     optimizer = adam(dmp)
     train(dmp, optimizer, range(1))
     assert dist.group.WORLD is not None
-    old = tables(dmp, dist.group.WORLD)
+    old = tables(dmp, dist.group.WORLD, MoveConfig().timeout)
     for held in old:
         for state in held.states.values():
             # Zeros that nothing has written yet take no memory.
@@ -79,7 +79,7 @@ def peak_bytes(case: Case, to: str, staging: Staging) -> tuple[int, int, int]:
             batch=batch(7),
             move=MoveConfig(staging=staging, chunk_bytes=CHUNK_BYTES),
         )
-    new_bytes = tables(pruned.model, dist.group.WORLD).local_bytes()
+    new_bytes = tables(pruned.model, dist.group.WORLD, MoveConfig().timeout).local_bytes()
     return old.local_bytes(), new_bytes, peaks[0] - start
 
 

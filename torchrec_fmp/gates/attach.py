@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -66,7 +67,8 @@ def attach_gates(
     Raises:
         ValueError: if there is nothing to gate, a feature would get two gates, or the model has
             gates already.
-        TypeError: if the model has a collection that cannot be pruned.
+        TypeError: if the model has a collection that cannot be pruned, or that `torch.compile`
+            wraps.
         AttributeError: if there is no module of a name in `dense`.
     """
     config = config or GateConfig()
@@ -142,6 +144,12 @@ def _collections(model: nn.Module) -> dict[str, nn.Module]:
             raise TypeError(
                 f"{fqn or 'the model'} is a {type(module).__name__}; only EmbeddingBagCollection "
                 "and EmbeddingCollection can be gated and pruned"
+            )
+        # Its forward is bound to the collection, whatever takes the collection's place.
+        if isinstance(module, OptimizedModule) and type(module._orig_mod) in _GATED:
+            raise TypeError(
+                f"{fqn or 'the model'} is a collection that torch.compile wraps, which neither "
+                "gates nor TorchRec's sharding can replace: compile the layers that read it instead"
             )
     return {fqn: module for fqn, module in model.named_modules() if type(module) in _GATED}
 

@@ -124,6 +124,8 @@ class FeatureGates(nn.Module):
             )
         )
 
+    # Noise needs the host: a compiled module that holds gates runs them between two graphs.
+    @torch.compiler.disable
     def forward(self, step: int, batch_size: int) -> Tensor:
         """Gate values.
 

@@ -18,6 +18,8 @@ class StepCounter(nn.Module):
         super().__init__()
         self.value = 0
 
+    # Otherwise a compiled module that holds a counter would be compiled anew for every number.
+    @torch.compiler.disable
     def next(self) -> int:
         """The step of the coming forward; counts up in training."""
         step = self.value

@@ -33,8 +33,9 @@ class PlannerConfig:
             raise ValueError(f"unknown sharding types {unknown}; TorchRec has {known}")
         if ShardingType.DATA_PARALLEL.value in asked:
             raise ValueError(
-                "data_parallel tables train with the dense optimizer instead of the fused one, and "
-                "cannot be moved to or from other sharding types when the model is planned again"
+                "data_parallel tables train with the dense optimizer. A run's is Adam, whose "
+                "states are not those of its fused row-wise Adagrad, so they could not move to or "
+                "from other sharding types when the model is planned again"
             )
 
 

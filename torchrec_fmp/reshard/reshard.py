@@ -109,7 +109,7 @@ def reshard_tables(
         todo = itinerary(old, new, moved, dist.get_rank(group))
         copy_local(todo)
         if own is not None:
-            watched(partial(_exchange, todo, own, device, config, check, lease), check)
+            watched(partial(_exchange, todo, own, device, config, lease), check)
         for fqn, shards in new.local.items():
             scale = cut_map.tensors[fqn].scale
             for shard in shards:
@@ -123,8 +123,8 @@ def _exchange(
     group: dist.ProcessGroup,
     device: torch.device,
     config: MoveConfig,
-    check: Callable[[], None],
     lease: Lease | None,
+    go_on: Callable[[], None],
 ) -> None:
     """The exchange, in a thread: which GPU and whether gradients are recorded is a thread's own."""
     if device.type == "cuda":
@@ -132,7 +132,7 @@ def _exchange(
         # What the other threads have put on the GPU's streams comes first.
         torch.cuda.synchronize(device)
     with torch.no_grad():
-        exchange(todo, group, device, config.chunk_bytes, config.checksums, check, lease)
+        exchange(todo, group, device, config.chunk_bytes, config.checksums, go_on, lease)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,8 +18,8 @@ class HostStage:
     """A model's tables, moved to host memory; the model cannot run until they are restored.
 
     The memory is taken from under the model's own tensors, and given back the same way, so
-    everything that refers to them stays valid. Data-parallel tables, which are small, stay where
-    they are, as do tables that FBGEMM keeps in host memory (UVM). The tables of a CPU's model are
+    everything that refers to them stays valid. Tables that the dense optimizer trains stay where
+    they are, as do those that FBGEMM keeps in host memory (UVM). The tables of a CPU's model are
     in host memory already: they go into a memory-mapped file.
 
     Args:
@@ -55,9 +56,9 @@ class HostStage:
             _bytes(storage).copy_(copy)
 
 
-def release(tables: Tables) -> None:
+def release(shards: Iterable[LocalShard]) -> None:
     """Frees the memory of the tables, whatever still refers to them; they are of no use then."""
-    for tensor in storages(shard for shard in tables if shard.is_fused):
+    for tensor in storages(shard for shard in shards if shard.is_fused):
         if not _is_unified(tensor):
             tensor.untyped_storage().resize_(0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_fmp.agreement import all_or_none
 from torchrec_fmp.gates.collections import table_configs, weight_name
 from torchrec_fmp.reshard.boxes import shards_of
 from torchrec_fmp.reshard.dense_state import DenseState
@@ -105,12 +107,24 @@ class Tables:
         return replace(self, local=local)
 
 
-def tables(model: nn.Module, group: dist.ProcessGroup) -> Tables:
+def tables(model: nn.Module, group: dist.ProcessGroup, timeout: timedelta) -> Tables:
     """Takes stock of a sharded model.
 
     Collective: a rank may hold nothing of a table, so its layout, a few numbers, is gathered.
+
+    Raises:
+        TypeError: for a compute kernel whose tables cannot be moved.
+        RuntimeError: if another rank fails.
     """
-    world_size = group.size()
+    with all_or_none("taking stock of the tables", group, timeout):
+        shards, dense, local = _stock(model, group.size())
+    layouts = from_one_rank_each(shards, lambda name: _layout(local[name][0]), group, timeout)
+    return Tables(shards, dense, layouts, local)
+
+
+def _stock(
+    model: nn.Module, world_size: int
+) -> tuple[dict[str, NDArray[np.void]], frozenset[str], dict[str, list[LocalShard]]]:
     shards: dict[str, NDArray[np.void]] = {}
     local: dict[str, list[LocalShard]] = defaultdict(list)
     dense = set()
@@ -125,26 +139,34 @@ def tables(model: nn.Module, group: dist.ProcessGroup) -> Tables:
             local[name] = []
         for shard in local_shards(collection):
             local[table_fqn(fqn, collection, shard.table)].append(shard)
-    layouts = from_one_rank_each(shards, lambda name: _layout(local[name][0]), group)
-    return Tables(shards, frozenset(dense), layouts, dict(local))
+    return shards, frozenset(dense), dict(local)
 
 
 def from_one_rank_each(
-    shards: Mapping[str, NDArray[np.void]], say: Callable[[str], _T], group: dist.ProcessGroup
+    shards: Mapping[str, NDArray[np.void]],
+    say: Callable[[str], _T],
+    group: dist.ProcessGroup,
+    timeout: timedelta,
 ) -> dict[str, _T]:
-    """What the first rank that holds a table says of it, on every rank.
+    """What one rank that holds a table says of it, on every rank.
 
-    Collective. With as many as hold it, a thousand ranks would send a million answers.
+    Collective. With as many as hold it, a thousand ranks would send a million answers; with the
+    first one always, rank 0 would send nearly all, and a gather makes room for the longest from
+    each. So the tables' holders take turns.
 
     Args:
         shards: fqn -> all ranks' shards.
         say: called with the fqn where this rank is the one.
         group: all ranks.
+        timeout: for the slowest rank.
     """
     rank = dist.get_rank(group)
-    mine = {
-        name: say(name) for name, held in shards.items() if len(held) and held["rank"].min() == rank
-    }
+    with all_or_none("asking one rank of each table", group, timeout):
+        mine = {
+            name: say(name)
+            for index, (name, held) in enumerate(shards.items())
+            if len(held) and held["rank"][index % len(held)] == rank
+        }
     gathered: list[dict[str, _T]] = [{}] * group.size()
     dist.all_gather_object(gathered, mine, group=group)
     return {name: said for part in gathered for name, said in part.items()}

@@ -7,6 +7,7 @@ never had gates has one too.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,15 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.types import CacheMixin
 
 from torchrec_fmp.gates.collections import table_weight
 from torchrec_fmp.gates.gated import GatedCollection, GatedDense
 from torchrec_fmp.gates.sharded import ShardedGatedCollection
+from torchrec_fmp.surgery.compiled import compilers
 from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Blueprint:
 def blueprint(model: nn.Module) -> Blueprint:
     """Takes the blueprint of a model, sharded or not.
 
+    Modules that `torch.compile` wraps are wrapped here too, and have nothing compiled yet. Those
+    that were compiled in place, by `module.compile()`, are not compiled: torch does not keep how.
+    What modules have cached of earlier batches is left out, as TorchRec's `KTRegroupAsDict` caches
+    the order of the keys, which another plan changes.
+
     Raises:
         TypeError: for a sharded module other than an `EmbeddingBagCollection` or
             `EmbeddingCollection`, gated or plain.
@@ -51,6 +61,7 @@ def blueprint(model: nn.Module) -> Blueprint:
     memo: dict[int, Any] = {
         id(parameter): meta_parameter(parameter) for parameter in module.parameters()
     }
+    memo |= {id(compiler): compiler for compiler in compilers(module)}
     dense_features = {}
     inner: dict[str, str] = {}
     for fqn, child in module.named_modules(remove_duplicate=False):
@@ -63,7 +74,16 @@ def blueprint(model: nn.Module) -> Blueprint:
             memo[id(child)] = copy.deepcopy(child._module, memo)
         elif isinstance(child, ShardedEmbeddingModule):
             _unsharded(child, fqn, memo)
+        if child._compiled_call_impl is not None:
+            _logger.warning(
+                "%s was compiled in place, and torch does not keep how: the pruned model's is not "
+                "compiled, call its compile() again",
+                fqn or "the model",
+            )
     bare = copy.deepcopy(module, memo)
+    for child in bare.modules():
+        if isinstance(child, CacheMixin):
+            child.clear_cache()
     return Blueprint(bare, dense_features, _sources(bare, inner))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -13,6 +13,13 @@ from torchrec_fmp.gates.collections import feature_names, table_configs
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.surgery import dlrm as dlrm  # registers its rule
 from torchrec_fmp.surgery.blueprint import Blueprint
+from torchrec_fmp.surgery.compiled import (
+    bare_fqn,
+    compiled,
+    compiled_fqn,
+    compilers,
+    uncompiled,
+)
 from torchrec_fmp.surgery.cut_map import CutMap
 from torchrec_fmp.surgery.dense import cut_dense
 from torchrec_fmp.surgery.meta import meta_parameter
@@ -37,17 +44,23 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
         ValueError: if the selection names a feature that the model does not have.
         TypeError: if a module reads a dropped feature and has no rule.
     """
-    parameters = blueprint.model.parameters()
-    model = copy.deepcopy(blueprint.model, {id(p): meta_parameter(p) for p in parameters})
+    memo = {id(p): meta_parameter(p) for p in blueprint.model.parameters()}
+    memo |= {id(compiler): compiler for compiler in compilers(blueprint.model)}
+    model, wrappers = uncompiled(copy.deepcopy(blueprint.model, memo))
     _check_features(model, blueprint, selection)
     cutter = Cutter(selection)
     for fqn, features in blueprint.dense_features.items():
-        cut_dense(model.get_submodule(fqn), fqn, features, cutter)
+        cut_dense(model.get_submodule(bare_fqn(fqn)), bare_fqn(fqn), features, cutter)
     _cut_module(model, "", cutter, {})
+    # Buffers that are not saved, and extra state, are the blueprint's copies, or what a rule made.
     for fqn, tensor in model.state_dict(keep_vars=True).items():
-        if fqn not in cutter.tensors:
+        if fqn not in cutter.tensors and not fqn.endswith("_extra_state"):
             cutter.record(fqn, tensor)
-    return Cut(model, CutMap(cutter.tensors))
+    tensors = {
+        compiled_fqn(fqn, wrappers): replace(made, source=compiled_fqn(made.source, wrappers))
+        for fqn, made in cutter.tensors.items()
+    }
+    return Cut(compiled(model, wrappers), CutMap(tensors))
 
 
 def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.Module]) -> None:

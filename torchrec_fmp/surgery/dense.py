@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +74,26 @@ def cut_linear(linear: nn.Linear, fqn: str, cutter: Cutter, columns: Tensor, sca
         requires_grad=old.requires_grad,
     )
     cutter.record(f"{fqn}.weight", old, columns, scale)
+
+
+def kept_columns(
+    blocks: Iterable[tuple[str | None, int]], gates: Mapping[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Columns of a concatenation that stay, and what scales each, as `cut_linear` takes them.
+
+    Args:
+        blocks: what is concatenated, in order: a feature, or None for what stays as it is, and its
+            number of columns.
+        gates: of the features that stay, as `cut_tables` returns them.
+
+    Returns:
+        (I',) int64 columns in ascending order, and (I',) fp32 scales.
+    """
+    gate_of_column = [
+        1.0 if feature is None else gates.get(feature)
+        for feature, width in blocks
+        for _ in range(width)
+    ]
+    kept = [(i, gate) for i, gate in enumerate(gate_of_column) if gate is not None]
+    columns = torch.tensor([i for i, _ in kept], dtype=torch.int64)
+    return columns, torch.tensor([gate for _, gate in kept], dtype=torch.float32)

@@ -41,6 +41,13 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _eager() -> Iterator[None]:
+    """Without graphs that `torch.compile` made: they would not see the hooks of a comparison."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
     """The gates have the selection's values; afterwards those that they had."""
     before = [(module, module.fixed) for _, module in feature_gates(model)]
@@ -107,6 +114,7 @@ def outputs_before(
     """
     with (
         evaluation(model),
+        _eager(),
         steps_uncounted(model),
         gates_fixed(model, selection),
         _scaled(model, selection),
@@ -135,6 +143,7 @@ def outputs_after(
     """
     with (
         evaluation(model),
+        _eager(),
         steps_uncounted(model),
         _narrowed_input(model, selection, dense_features),
     ):

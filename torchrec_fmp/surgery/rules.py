@@ -1,4 +1,44 @@
-"""The registry of cut rules, one rule per module type, and what a rule works with."""
+"""The registry of cut rules, one rule per module type, and what a rule works with.
+
+A model needs a rule for the module that holds an embedding collection and what reads it. Here the
+pooled features are concatenated behind a dense input and read by a linear layer::
+
+    import torchrec_fmp as fmp
+
+    class Ranker(nn.Module):
+        def __init__(self, ebc: EmbeddingBagCollection, dense: int) -> None:
+            super().__init__()
+            self.ebc = ebc
+            self.widths = {
+                feature: config.embedding_dim
+                for config in ebc.embedding_bag_configs()
+                for feature in config.feature_names
+            }
+            self.over = nn.Linear(dense + sum(self.widths.values()), 1)
+
+        def forward(self, dense: Tensor, features: KeyedJaggedTensor) -> Tensor:
+            pooled = self.ebc(features)
+            return self.over(torch.cat([dense, *(pooled[name] for name in self.widths)], dim=1))
+
+    @fmp.cut_rule(Ranker)
+    def cut_ranker(model: Ranker, fqn: str, cutter: fmp.Cutter) -> None:
+        # Cut the tables: the smaller collection, and the gates that are left for its readers.
+        smaller, gates = fmp.cut_tables(model.ebc, fmp.join_fqn(fqn, "ebc"), cutter)
+        if smaller is None:
+            raise ValueError(f"{fqn} has no features left")
+        model.ebc = smaller
+        # Cut the layer that reads them: None is a block that stays, here the dense input.
+        dense = model.over.in_features - sum(model.widths.values())
+        columns, scale = fmp.kept_columns([(None, dense), *model.widths.items()], gates)
+        fmp.cut_linear(model.over, fmp.join_fqn(fqn, "over"), cutter, columns, scale)
+        # Cut the names by which forward finds the features.
+        model.widths = {name: width for name, width in model.widths.items() if name in gates}
+
+A rule covers the module and all below it. Where it may leave a collection out, it sets it to None,
+as the module's forward must understand. Read a `KeyedTensor` by its keys: the order of `values()`
+is the sharding plan's. `prune` compares the models on a real batch if it is given one, and refuses
+a rule that does not do what the module computes.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +63,9 @@ def cut_rule(module_type: type[M]) -> Callable[[Rule[M]], Rule[M]]:
     The rule is called as `rule(module, fqn, cutter)`. It changes `module`, whose parameters are on
     meta, in place, so that it reads the kept features only, and records through `cutter` what its
     changed tensors are made of. What the module returns must keep its shape.
+
+    A module that `torch.compile` wraps is given to its rule without the wrapper, and compiled again
+    afterwards.
 
     Raises:
         ValueError: if there is a rule for the type.

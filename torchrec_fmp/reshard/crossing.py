@@ -73,7 +73,9 @@ def with_dense_states(
                 local[fqn] = [*local[fqn][:i], replace(shard, states=states), *local[fqn][i + 1 :]]
     layouts = dict(current.layouts)
     dense_shards = {fqn: current.shards[fqn] for fqn in current.dense}
-    for fqn, form in from_one_rank_each(dense_shards, lambda fqn: forms[fqn], group).items():
+    for fqn, form in from_one_rank_each(
+        dense_shards, lambda fqn: forms[fqn], group, timeout
+    ).items():
         layouts[fqn] = replace(layouts[fqn], states=form.layout, step=form.step, form=form)
     return replace(current, layouts=layouts, local=local)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchrec_fmp.reshard.data_parallel import converted
+from torchrec_fmp.reshard.crossing import converted
 
 
 def test_a_value_an_element_stays_or_becomes_the_mean_over_the_shards_columns() -> None:
