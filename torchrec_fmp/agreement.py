@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -85,7 +86,9 @@ def all_or_none(
     """
     store = group.get_group_store()
     _agreements[group.group_name] += 1
-    prefix = f"torchrec_fmp/{_agreements[group.group_name]}"
+    # An elastic launcher may keep the store over a restart.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    prefix = f"torchrec_fmp/{start}/{_agreements[group.group_name]}"
     verdict = f"{prefix}/verdict"
     rank, world_size = dist.get_rank(group), group.size()
 

@@ -49,7 +49,10 @@ PAIRS = [
 def storage_bytes(dmp: torch.nn.Module) -> list[int]:
     """Bytes of every storage that this rank's tables lie in."""
     assert dist.group.WORLD is not None
-    return [tensor.untyped_storage().nbytes() for tensor in storages(tables(dmp, dist.group.WORLD))]
+    return [
+        tensor.untyped_storage().nbytes()
+        for tensor in storages(tables(dmp, dist.group.WORLD, MoveConfig().timeout))
+    ]
 
 
 Outcome = tuple[list[float], list[tuple[str, Piece]], Tensors, str]
@@ -93,7 +96,7 @@ def storages_around() -> tuple[list[int], list[int], str]:
     """Bytes of the old tables' storages before and after a staged prune, and what it raised."""
     dmp, optimizer = trained(CASE)
     assert dist.group.WORLD is not None
-    held = storages(tables(dmp, dist.group.WORLD))
+    held = storages(tables(dmp, dist.group.WORLD, MoveConfig().timeout))
     before = [tensor.untyped_storage().nbytes() for tensor in held]
     attempt, _ = prune_with(dmp, optimizer, MoveConfig(staging="host"))
     return before, [tensor.untyped_storage().nbytes() for tensor in held], attempt.error

@@ -162,10 +162,11 @@ def from_one_rank_each(
     """
     rank = dist.get_rank(group)
     with all_or_none("asking one rank of each table", group, timeout):
+        # Sorted, because ranks need not have put them in one order.
         mine = {
             name: say(name)
-            for index, (name, held) in enumerate(shards.items())
-            if len(held) and held["rank"][index % len(held)] == rank
+            for index, name in enumerate(sorted(shards))
+            if len(held := shards[name]) and held["rank"][index % len(held)] == rank
         }
     gathered: list[dict[str, _T]] = [{}] * group.size()
     dist.all_gather_object(gathered, mine, group=group)
