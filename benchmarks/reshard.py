@@ -16,6 +16,7 @@ Needs about 2.2 times --gib of memory, and 3.2 times --checkpoint-gib.
 from __future__ import annotations
 
 import argparse
+import gc
 import socket
 import statistics
 import tempfile
@@ -136,6 +137,24 @@ def compare(
         )
 
 
+def ask(question: str, gib: float, shift: int, options: argparse.Namespace) -> None:
+    """One row of the table; its models are gone before the next."""
+    group = dist.group.WORLD
+    assert group is not None
+    rows = int(gib * 2**30 / options.tables / (4 * DIM + 4))
+    models = [build(options.tables, rows, some) for some in (0, shift)]
+    old, new = (tables(model, group, MoveConfig().timeout) for model in models)
+    total = torch.tensor(old.local_bytes())
+    dist.all_reduce(total)
+    baselines: dict[str, Callable[[], None]] = {
+        "exchange": partial(bare_exchange, old, new),
+        "local": partial(bare_copy, old, new),
+        "checkpoint": partial(through_checkpoint, *models, options.ram_disk),
+    }
+    ours = partial(reshard, old, new)
+    compare(question, int(total), options.rounds, baselines[question], ours)
+
+
 def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
@@ -148,18 +167,9 @@ def run_rank(rank: int, port: int, options: argparse.Namespace) -> None:
         ("local", options.gib, 0),
         ("checkpoint", options.checkpoint_gib, 1),
     ):
-        rows = int(gib * 2**30 / options.tables / (4 * DIM + 4))
-        models = [build(options.tables, rows, some) for some in (0, shift)]
-        old, new = (tables(model, group, MoveConfig().timeout) for model in models)
-        total = torch.tensor(old.local_bytes())
-        dist.all_reduce(total)
-        baselines: dict[str, Callable[[], None]] = {
-            "exchange": partial(bare_exchange, old, new),
-            "local": partial(bare_copy, old, new),
-            "checkpoint": partial(through_checkpoint, *models, options.ram_disk),
-        }
-        ours = partial(reshard, old, new)
-        compare(question, int(total), options.rounds, baselines[question], ours)
+        ask(question, gib, shift, options)
+        # Models refer to themselves.
+        gc.collect()
     dist.destroy_process_group()
 
 
