@@ -120,6 +120,7 @@ def prepare(
         smaller.model,
         model.sharders,
         links,
+        group.size(),
         steps_left,
         move.chunk_bytes,
     )

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
+import torchrec
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torchrec.distributed.planner import Topology
 from torchrec.distributed.planner.perf_models import NoopPerfModel, NoopStorageModel
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
+from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ShardingPlan
 
-from tests.planning.models import BATCH_SIZE, Model, constraints, planner, sharders, topology
+from tests.planning.models import BAGS, BATCH_SIZE, Model, constraints, planner, sharders, topology
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.sharded import sharders as fmp_sharders
 from torchrec_fmp.planning.estimates import PlanEstimate, estimate, estimate_as
+from torchrec_fmp.planning.tables import ShardableTable, shardable_tables
 
 MIXED = {"t_a": "row_wise", "t_bc": "table_wise", "t_d": "column_wise", "t_e": "table_row_wise"}
 TYPES = ["table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]
@@ -75,6 +82,53 @@ def test_the_states_of_a_fused_optimizer_count_although_torchrec_does_not_see_th
     assert 4 * rows <= per_row <= 4 * rows + 16
 
 
+def test_shards_of_one_size_are_estimated_once_and_alike() -> None:
+    where, model = topology(), Model()
+    by_torchrec = planner(where, constraints(dict.fromkeys(MIXED, "row_wise")))
+    plan = by_torchrec.plan(model, sharders())
+    sizes: list[list[tuple[int, ...]]] = []
+
+    class Watching(EmbeddingStorageEstimator):
+        def estimate(self, options: list[ShardingOption], sharder_data_map: Any) -> None:
+            sizes.extend([tuple(shard.size) for shard in option.shards] for option in options)
+            super().estimate(options, sharder_data_map)
+
+    estimators = by_torchrec._enumerator._estimators  # type: ignore[attr-defined]
+    usual = estimate_as(by_torchrec, plan, model, sharders())
+    estimators[1] = Watching(topology=where, constraints=constraints())
+    watched = estimate_as(by_torchrec, plan, model, sharders())
+
+    # The rows of all tables divide by 4 ranks.
+    assert sizes == [[(rows // 4, columns)] for rows, columns, _ in BAGS.values()]
+    assert np.array_equal(watched.rank_ms, usual.rank_ms)
+    assert (watched.rank_ms > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "of_elements", "of_rows"),
+    [
+        (torch.optim.SGD, 0, 0),
+        (torch.optim.Adagrad, 4, 0),
+        (torch.optim.Adam, 8, 0),
+        (torchrec.optim.RowWiseAdagrad, 0, 4),
+    ],
+)
+def test_states_of_an_optimizer_set_on_parameters_count_whether_torchs_or_torchrecs(
+    optimizer: type[torch.optim.Optimizer], of_elements: int, of_rows: int
+) -> None:
+    table = _table_with(optimizer)
+    assert table.bytes_per_element == 4 + of_elements
+    assert table.bytes_per_row == of_rows
+
+
+def test_an_optimizer_whose_states_are_not_known_is_named_with_its_table() -> None:
+    with pytest.raises(ValueError, match="table t_a of bags has the optimizer AdamW, whose states"):
+        _ = _table_with(torch.optim.AdamW).bytes_per_row
+    given = fmp_sharders({"optimizer": EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD})
+    with pytest.raises(ValueError, match="table t_a of bags has the optimizer .*; known are"):
+        _ = shardable_tables(Model(), given)[0].bytes_per_row
+
+
 def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
     model = Model()
     plan = planner(topology(4)).plan(model, sharders())
@@ -100,3 +154,10 @@ def _estimate(
         batch_size=BATCH_SIZE,
         constraints=constraints(),
     )
+
+
+def _table_with(optimizer: type[torch.optim.Optimizer]) -> ShardableTable:
+    model = Model()
+    for parameter in model.parameters():
+        parameter._optimizer_classes = [optimizer]  # type: ignore[attr-defined]
+    return shardable_tables(model, sharders())[0]

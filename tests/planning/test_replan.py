@@ -38,7 +38,13 @@ def test_surviving_tables_stay_exactly_where_they_are() -> None:
     for table, sharding in new.plan["bags"].items():  # type: ignore[attr-defined]
         assert sharding == old.plan["bags"][table]  # type: ignore[index]
         assert sharding is not old.plan["bags"][table]  # type: ignore[index]
-    new.plan["bags"]["t_a"].ranks.append(7)  # type: ignore[index]
+    mine = new.plan["bags"]["t_a"]  # type: ignore[index]
+    mine.ranks.append(7)
+    # As TorchRec does to plans by which it shards.
+    for shard in mine.sharding_spec.shards:
+        shard.placement = None
+        shard.shard_sizes = [0, 0]
+    mine.sharding_spec.shards.pop()
     assert old == before
 
 
@@ -61,7 +67,8 @@ def test_constraints_keep_what_belongs_to_the_tables_and_features_that_are_left(
         "t_of_another_model": ParameterConstraints(),
     }
     before = copy.deepcopy(given)
-    narrowed = narrowed_constraints(given, {"t_bc": ["b", "c"], "t_d": ["d"]}, {"t_bc": ["c"]})
+    old = {("bags", "t_bc"): ["b", "c"], ("bags", "t_d"): ["d"]}
+    narrowed = narrowed_constraints(given, old, {("bags", "t_bc"): ["c"]})
     assert narrowed == {
         "t_bc": ParameterConstraints(
             sharding_types=["row_wise"],
@@ -77,7 +84,46 @@ def test_constraints_keep_what_belongs_to_the_tables_and_features_that_are_left(
 
 def test_one_pooling_factor_for_all_features_of_a_table_stays() -> None:
     given = {"t_bc": ParameterConstraints(pooling_factors=[4.0])}
-    assert narrowed_constraints(given, {"t_bc": ["b", "c"]}, {"t_bc": ["c"]}) == given
+    old, new = {("bags", "t_bc"): ["b", "c"]}, {("bags", "t_bc"): ["c"]}
+    assert narrowed_constraints(given, old, new) == given
+
+
+TWO_OF_ONE_NAME = {("first", "t"): ["a", "b"], ("second", "t"): ["c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("new", "left"),
+    [
+        pytest.param({("first", "t"): ["b"]}, [6.0], id="one of them"),
+        pytest.param({("second", "t"): ["c"]}, [2.0], id="the other"),
+        pytest.param({("first", "t"): ["b"], ("second", "t"): ["d"]}, [6.0], id="both alike"),
+        pytest.param({("first", "t"): ["b"], ("second", "t"): ["c", "d"]}, [2.0, 6.0], id="one"),
+        pytest.param({("first", "t"): ["a"], ("second", "t"): ["d"]}, [2.0, 6.0], id="differently"),
+        pytest.param({}, None, id="none"),
+    ],
+)
+def test_tables_of_one_name_share_what_is_right_for_all_that_are_left(
+    new: dict[tuple[str, str], list[str]], left: list[float] | None
+) -> None:
+    given = {"t": ParameterConstraints(pooling_factors=[2.0, 6.0])}
+    narrowed = narrowed_constraints(given, TWO_OF_ONE_NAME, new)
+    assert [constraint.pooling_factors for constraint in narrowed.values()] == (
+        [] if left is None else [left]
+    )
+
+
+def test_values_of_a_table_are_not_narrowed_by_one_of_its_name_with_other_features() -> None:
+    given = {"t": ParameterConstraints(pooling_factors=[2.0, 6.0])}
+    old = {("first", "t"): ["a", "b"], ("second", "t"): ["c", "d", "e"]}
+    new = {("first", "t"): ["b"], ("second", "t"): ["c"]}
+    assert narrowed_constraints(given, old, new)["t"].pooling_factors == [6.0]
+
+
+def test_a_planner_of_a_gated_model_is_narrowed_as_of_the_plain_one() -> None:
+    gated, smaller = attach_gates(Model(), GateConfig()), Model(without=("c",))
+    narrowed = narrowed_planner(planner(topology()), gated, smaller)
+    assert narrowed._constraints is not None
+    assert narrowed._constraints["t_bc"].pooling_factors == [2.0]
 
 
 def test_a_narrowed_planner_plans_the_smaller_model_and_leaves_the_users_as_it_was() -> None:

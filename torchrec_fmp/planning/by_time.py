@@ -21,7 +21,7 @@ from torchrec.distributed.planner.types import Enumerator, Proposer, Shard, Shar
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
-from torchrec_fmp.planning.estimates import device_memory, populate
+from torchrec_fmp.planning.estimates import copy_estimates, device_memory, populate
 from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
 
 _KERNEL = EmbeddingComputeKernel.FUSED.value
@@ -155,10 +155,9 @@ class ByTimeEnumerator(Enumerator):
         self, table: ShardableTable, sharding_type: str, columns: int | None
     ) -> Candidate:
         option = self._option(table, Candidate(sharding_type, columns, 0.0, 0.0))
+        self.populate_estimates([option])
         every = [tuple(shard.size) for shard in option.shards]
         by_size = {tuple(shard.size): shard for shard in option.shards}
-        option.shards = list(by_size.values())
-        self.populate_estimates([option])
         ms = {size: shard.perf.total for size, shard in by_size.items() if shard.perf}
         memory = device_memory(self._topology)
         return Candidate(
@@ -181,10 +180,7 @@ class ByTimeEnumerator(Enumerator):
         shards = [
             Shard(size=size, offset=offset) for size, offset in zip(sizes, offsets, strict=True)
         ]
-        for shard in shards:
-            like = chosen.by_size.get(tuple(shard.size))
-            if like is not None:
-                shard.perf, shard.storage = like.perf, like.storage
+        copy_estimates(chosen.by_size, shards)
         return ShardingOption(
             name=table.name,
             tensor=table.priced_weight(),

@@ -172,9 +172,17 @@ def populate(
     constraints: Constraints | None,
     estimators: Sequence[ShardEstimator] | None = None,
 ) -> None:
-    """Sets `perf` and `storage` of every shard."""
+    """Sets `perf` and `storage` of every shard.
+
+    Of the shards of equal size of a table one is estimated, because TorchRec's estimators know no
+    more of a shard; the others share its estimates.
+    """
     data = build_sharder_data_map({sharder_name(s.module_type): s for s in sharders})
     given = dict(constraints or {})
+    shards = [option.shards for option in options]
+    by_size = [{tuple(shard.size): shard for shard in each} for each in shards]
+    for option, distinct in zip(options, by_size, strict=True):
+        option.shards = list(distinct.values())
     for estimator in estimators or (
         EmbeddingPerfEstimatorFactory.create(
             DEFAULT_PERF_ESTIMATOR, topology=topology, constraints=given
@@ -182,6 +190,17 @@ def populate(
         EmbeddingStorageEstimator(topology=topology, constraints=given),
     ):
         estimator.estimate(options, sharder_data_map=data)
+    for option, each, distinct in zip(options, shards, by_size, strict=True):
+        option.shards = each
+        copy_estimates(distinct, each)
+
+
+def copy_estimates(by_size: Mapping[tuple[int, ...], Shard], shards: Sequence[Shard]) -> None:
+    """Gives shards the estimates of those of their size, where there is one."""
+    for shard in shards:
+        like = by_size.get(tuple(shard.size))
+        if like is not None:
+            shard.perf, shard.storage = like.perf, like.storage
 
 
 def total(options: Sequence[ShardingOption], topology: Topology) -> PlanEstimate:

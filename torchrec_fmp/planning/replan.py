@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -11,10 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    EnumerableShardingSpec,
+    ParameterSharding,
+    ShardingPlan,
+    ShardMetadata,
+)
 
 from torchrec_fmp.planning.estimates import PlanEstimate, device_memory
-from torchrec_fmp.planning.tables import features_by_table, unsharded
+from torchrec_fmp.planning.tables import features_by_collection, features_by_table, unsharded
 
 Replan = Literal["auto", "planner", "sticky"]
 Decision = Literal["planner", "sticky"]
@@ -45,7 +52,7 @@ def sticky_plan(old_plan: ShardingPlan, smaller_model: nn.Module) -> ShardingPla
         if unknown:
             raise ValueError(f"the old plan has no tables {unknown} of the module {fqn!r}")
         plan[fqn] = EmbeddingModuleShardingPlan(
-            {table: copy.deepcopy(module_plan[table]) for table in tables}
+            {table: _copied(module_plan[table]) for table in tables}
         )
     return ShardingPlan(plan)
 
@@ -64,7 +71,7 @@ def narrowed_planner(planner: _Planner, old_model: nn.Module, smaller_model: nn.
     """
     if not isinstance(planner, EmbeddingShardingPlanner):
         return planner
-    old, new = (features_by_table(unsharded(model)) for model in (old_model, smaller_model))
+    old, new = (features_by_collection(unsharded(model)) for model in (old_model, smaller_model))
     # Of the old model, and needed by nothing: copying them would copy its tables.
     memo: dict[int, Any] = {
         id(getattr(holder, name)): None
@@ -86,24 +93,30 @@ def narrowed_planner(planner: _Planner, old_model: nn.Module, smaller_model: nn.
 
 def narrowed_constraints(
     constraints: Mapping[str, ParameterConstraints],
-    old: Mapping[str, list[str]],
-    new: Mapping[str, list[str]],
+    old: Mapping[tuple[str, str], list[str]],
+    new: Mapping[tuple[str, str], list[str]],
 ) -> dict[str, ParameterConstraints]:
     """Constraints of the tables that are left, for the features that are left.
 
+    TorchRec applies a constraint to all tables of its name, in whatever collections. Where they
+    lost features in different places, no values are right for all of them, and the lists stay as
+    they were.
+
     Args:
         constraints: by table.
-        old: table -> features, before.
-        new: table -> features, after.
+        old: (fqn of a collection, table) -> features, before.
+        new: the same, after.
     """
-    narrowed = {}
-    for table, constraint in constraints.items():
-        if table in old and table not in new:
-            continue
-        narrowed[table] = copy.deepcopy(constraint)
-        if table in old and old[table] != new[table]:
-            narrowed[table] = _narrowed(narrowed[table], old[table], new[table])
-    return narrowed
+    before, after = ({table for _, table in model} for model in (old, new))
+    kept: dict[str, list[tuple[list[str], list[str]]]] = defaultdict(list)
+    for key, features in new.items():
+        if key in old:
+            kept[key[1]].append((old[key], features))
+    return {
+        table: _narrowed(copy.deepcopy(constraint), kept[table])
+        for table, constraint in constraints.items()
+        if table in after or table not in before
+    }
 
 
 @dataclass(frozen=True)
@@ -248,15 +261,38 @@ def _constraints_of(planner: EmbeddingShardingPlanner) -> Iterator[dict[str, Par
 
 
 def _narrowed(
-    constraint: ParameterConstraints, old: list[str], new: list[str]
+    constraint: ParameterConstraints, kept: list[tuple[list[str], list[str]]]
 ) -> ParameterConstraints:
-    """Keeps the values of `new` in the lists that have one for every feature of `old`."""
-    kept = [old.index(feature) for feature in new]
-    lists = {
-        name: [values[position] for position in kept]
-        for name in ("pooling_factors", "num_poolings", "batch_sizes")
-        if (values := getattr(constraint, name)) is not None and len(values) == len(old)
-    }
-    if constraint.feature_names is not None:
-        lists["feature_names"] = [name for name in constraint.feature_names if name in new]
+    """For the tables of one name, each with its features before and after."""
+    lists: dict[str, Any] = {}
+    for name in ("pooling_factors", "num_poolings", "batch_sizes"):
+        values = getattr(constraint, name)
+        # A list of another length is not of a value a feature.
+        positions = {
+            tuple(old.index(feature) for feature in new)
+            for old, new in kept
+            if values is not None and len(values) == len(old) and set(new) <= set(old)
+        }
+        if len(positions) == 1:
+            lists[name] = [values[position] for position in positions.pop()]
+    if kept and constraint.feature_names is not None:
+        left = {feature for _, new in kept for feature in new}
+        lists["feature_names"] = [name for name in constraint.feature_names if name in left]
     return replace(constraint, **lists)
+
+
+def _copied(sharding: ParameterSharding) -> ParameterSharding:
+    """Shares nothing that TorchRec changes in a plan by which it has sharded a model.
+
+    It rebinds the placements of shards (`DMPCollection`), and the sizes and offsets of virtual
+    tables (`embedding_kernel.py`). A deep copy of a table's 1,024 shards would take 25 ms.
+    """
+    copied = replace(sharding, ranks=None if sharding.ranks is None else list(sharding.ranks))
+    if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
+        # Not its constructor, which looks for overlaps again.
+        copied.sharding_spec = copy.copy(sharding.sharding_spec)
+        copied.sharding_spec.shards = [
+            ShardMetadata(shard.shard_offsets, shard.shard_sizes, shard.placement)
+            for shard in sharding.sharding_spec.shards
+        ]
+    return copied

@@ -9,14 +9,16 @@ from typing import Any
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
 from torchrec import optim
-from torchrec.distributed.embedding_types import ShardedEmbeddingModule
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.planner.utils import sharder_name
-from torchrec.distributed.types import ModuleSharder
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingType
+from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_fmp.gates.gated import GatedCollection
 from torchrec_fmp.surgery.blueprint import blueprint
 from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
 
@@ -66,12 +68,30 @@ class ShardableTable:
 
     @property
     def optimizer(self) -> EmbOptimType | None:
-        """The fused optimizer: what was set on the parameter, or else on the sharder."""
-        classes = getattr(self.weight, "_optimizer_classes", None)
-        if not classes:
-            return self.fused_params.get("optimizer")
-        by_class = {fused[0]: kind for kind, fused in _FUSED_OPTIMIZERS.items()}
-        return by_class.get(classes[0])
+        """The fused optimizer: what was set on the parameter, or else on the sharder.
+
+        Raises:
+            ValueError: if its states are not known.
+        """
+        classes = getattr(self.weight, "_optimizer_classes", ())
+        try:
+            kind: EmbOptimType | None = (
+                optimizer_type_to_emb_opt_type(classes[0])
+                if classes
+                else self.fused_params.get("optimizer")
+            )
+        except ValueError as error:
+            raise self._unknown(classes[0].__name__) from error
+        if kind is not None and kind not in _FUSED_OPTIMIZERS:
+            raise self._unknown(str(kind))
+        return kind
+
+    def _unknown(self, optimizer: str) -> ValueError:
+        known = [kind.name for kind in _FUSED_OPTIMIZERS]
+        return ValueError(
+            f"table {self.name} of {self.path or 'the model'} has the optimizer {optimizer}, whose "
+            f"states are not known; known are {known}"
+        )
 
     @property
     def bytes_per_element(self) -> int:
@@ -137,6 +157,28 @@ def shardable_tables(model: nn.Module, sharders: Sharders) -> list[ShardableTabl
 def features_by_table(module: nn.Module) -> dict[str, list[str]]:
     """Table -> features, of all collections in a module that is not sharded."""
     return {config.name: list(config.feature_names) for config in table_configs(module)}
+
+
+def features_by_collection(model: nn.Module) -> dict[tuple[str, str], list[str]]:
+    """(fqn of a collection, table) -> features, of a model that is not sharded.
+
+    A gated collection's fqn is that of the plain one that it is in the place of.
+    """
+    found = {}
+    for fqn, module in model.named_modules():
+        collection = module.collection if isinstance(module, GatedCollection) else module
+        if isinstance(collection, (EmbeddingBagCollection, EmbeddingCollection)):
+            for table, features in features_by_table(collection).items():
+                found[fqn, table] = features
+    return found
+
+
+def is_dense(sharding: ParameterSharding) -> bool:
+    """Whether the dense optimizer trains the table, and not a fused one."""
+    return (
+        sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        or sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value
+    )
 
 
 def table_configs(module: nn.Module) -> Iterator[BaseEmbeddingConfig]:
