@@ -92,7 +92,9 @@ def prune(
         tolerance: largest difference allowed, absolute where the outputs are below 1 and relative
             to the largest output above, as fp32 rounds.
         replan: `planner` takes the planner's new plan; `sticky` leaves the tables that survive
-            where they are; `auto` decides by the planner's estimates, and the manifest says why.
+            where they are; `auto` decides by the planner's estimates, and the manifest says why. It
+            takes no table from the fused to the dense optimizer or back; `planner` does, where the
+            two keep the same states.
         steps_left: that are to be trained, which `auto` holds against the time of the move; None
             if unknown, which counts as many.
         move: how tables move.
@@ -105,8 +107,9 @@ def prune(
         CorruptionError: if a message arrives changed; with `MoveConfig.checksums`.
         TypeError: if a module reads a dropped feature and has no cut rule, or the optimizer keeps
             parameters anywhere but in its param groups.
-        ValueError: if the selection does not fit the model, or the optimizer does not, or the old
-            model's output on the batch is not finite.
+        ValueError: if the selection does not fit the model, or the optimizer does not, or the
+            planner is for other ranks, or TorchRec would pool a table differently under its plan,
+            or the old model's output on the batch is not finite.
     """
     move = move or MoveConfig()
     work = prepare(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchrec.distributed.planner import ParameterConstraints, Topology
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstimator
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -18,7 +20,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from tests.planning.models import topology
 from torchrec_fmp.gates.sharded import sharders
-from torchrec_fmp.planning import by_time
 from torchrec_fmp.planning.by_time import ByTimeEnumerator, Candidate, choices
 
 TYPES = [t.value for t in ShardingType if t is not ShardingType.DATA_PARALLEL]
@@ -68,14 +69,14 @@ def test_estimates_are_as_many_for_many_alike_tables_and_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     estimated = 0
-    populate = by_time.populate
+    estimate = EmbeddingStorageEstimator.estimate
 
-    def counting(options: list[ShardingOption], *arguments: object) -> None:
+    def counting(self: Any, sharding_options: list[ShardingOption], sharder_data_map: Any) -> None:
         nonlocal estimated
-        estimated += sum(option.num_shards for option in options)
-        populate(options, *arguments)  # type: ignore[arg-type]
+        estimated += sum(option.num_shards for option in sharding_options)
+        estimate(self, sharding_options, sharder_data_map)
 
-    monkeypatch.setattr(by_time, "populate", counting)
+    monkeypatch.setattr(EmbeddingStorageEstimator, "estimate", counting)
     counts = []
     for count, world_size in ((1, 16), (50, 16), (50, 256)):
         estimated = 0

@@ -8,6 +8,7 @@ from typing import Any
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchrec import optim
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import get_unwrapped_module
@@ -73,18 +74,18 @@ class ShardableTable:
         Raises:
             ValueError: if its states are not known.
         """
-        classes = getattr(self.weight, "_optimizer_classes", ())
-        try:
-            kind: EmbOptimType | None = (
-                optimizer_type_to_emb_opt_type(classes[0])
-                if classes
-                else self.fused_params.get("optimizer")
-            )
-        except ValueError as error:
-            raise self._unknown(classes[0].__name__) from error
+        classes = getattr(self.weight, "_optimizer_classes", None)
+        of_sharder: EmbOptimType | None = self.fused_params.get("optimizer")
+        kind = self._of_class(classes[0]) if classes else of_sharder
         if kind is not None and kind not in _FUSED_OPTIMIZERS:
             raise self._unknown(str(kind))
         return kind
+
+    def _of_class(self, optimizer: type[Optimizer]) -> EmbOptimType | None:
+        try:
+            return optimizer_type_to_emb_opt_type(optimizer)
+        except ValueError as error:
+            raise self._unknown(optimizer.__name__) from error
 
     def _unknown(self, optimizer: str) -> ValueError:
         known = [kind.name for kind in _FUSED_OPTIMIZERS]

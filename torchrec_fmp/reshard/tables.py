@@ -13,17 +13,15 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
-    ParameterSharding,
     ShardingPlan,
-    ShardingType,
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
 from torchrec_fmp.agreement import all_or_none
 from torchrec_fmp.gates.collections import table_configs, weight_name
+from torchrec_fmp.planning.tables import is_dense
 from torchrec_fmp.reshard.boxes import shards_of
 from torchrec_fmp.reshard.dense_state import DenseState
 from torchrec_fmp.reshard.local_shards import (
@@ -132,7 +130,7 @@ def _stock(
         for config in tables_of(collection):
             name = table_fqn(fqn, collection, config.name)
             sharding = collection.module_sharding_plan[config.name]
-            if _is_dense(sharding):
+            if is_dense(sharding):
                 dense.add(name)
             shape = (config.num_embeddings, config.embedding_dim)
             shards[name] = shards_of(sharding, *shape, world_size)
@@ -224,13 +222,6 @@ def planned_moves(
         sizes = (layout.bytes_per_element, layout.bytes_per_row)
         moves.append(TableMove(fqn, old.shards[source], targets, *sizes))
     return moves
-
-
-def _is_dense(sharding: ParameterSharding) -> bool:
-    return (
-        sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        or sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value
-    )
 
 
 def _layout(shard: LocalShard) -> Layout:
