@@ -24,7 +24,7 @@ from tests.distributed.dlrm_model import (
     trained,
 )
 from tests.distributed.process_group import ProcessGroup
-from torchrec_fmp import costs, dry_run, prune
+from torchrec_fmp import MoveConfig, costs, dry_run, prune
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.planning.replan import Replan
 
@@ -146,3 +146,33 @@ def ungated() -> list[float]:
         assert pruned.manifest.parity_max_abs is not None
         found.append(pruned.manifest.parity_max_abs)
     return found
+
+
+def staging_of(share_of_memory: float) -> tuple[str, float | None]:
+    """Where the old tables go, on ranks with so many times the memory that they take of them."""
+    dmp, optimizer = trained(CASE)
+    arguments: Any = {"replan": "sticky", "batch": batch(7), "move": MoveConfig(chunk_bytes=2**10)}
+    roomy = dry_run(dmp, select(GATES), planner=planner(), replan="sticky")
+    assert roomy.estimates is not None
+    before, after = (int(estimate.ddr_bytes.max()) for estimate in roomy.estimates)
+    ranks = dist.get_world_size()
+    small = Topology(
+        world_size=ranks,
+        local_world_size=ranks,
+        compute_device="cpu",
+        ddr_cap=int(share_of_memory * (before + after)),
+    )
+    tight = EmbeddingShardingPlanner(
+        topology=small, batch_size=8, constraints=planner()._constraints, debug=False
+    )
+    manifest = prune(dmp, optimizer, select(GATES), planner=tight, **arguments).manifest
+    return manifest.staging, manifest.parity_max_abs
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.9, "host"), (1.5, "none")])
+def test_old_tables_are_staged_where_the_planners_figures_leave_no_room_for_both(
+    ranks_2: ProcessGroup, share: float, expected: str
+) -> None:
+    for staging, parity_max_abs in ranks_2.run(staging_of, share):
+        assert staging == expected
+        assert parity_max_abs is not None and parity_max_abs <= 1e-6

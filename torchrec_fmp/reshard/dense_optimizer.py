@@ -125,7 +125,7 @@ def carry_optimizer(
         new: the new model.
         cut_map: of the new model.
         sources: fqn in the bare old model -> fqn in the old model.
-        crossed: tables that are placed anew; see `data_parallel.crossing`.
+        crossed: tables that are placed anew; see `crossing.crossing`.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks
