@@ -28,7 +28,7 @@ from torchrec_fmp.reshard.reshard import MoveConfig
 
 Pieces = list[tuple[str, Piece]]
 
-HANG_SECONDS = 6.0
+HANG_SECONDS = 12.0
 # Gloo's and the store's own errors come at once; without them it would take this long.
 TIMEOUT_SECONDS = 60.0
 

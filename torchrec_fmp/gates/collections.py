@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -44,10 +44,15 @@ def with_tables(collection: C, configs: Sequence[BaseEmbeddingConfig]) -> C:
         return EmbeddingBagCollection(
             tables=list(configs), is_weighted=collection.is_weighted(), device=device
         )
-    return EmbeddingCollection(
-        tables=list(configs),
-        device=device,
-        need_indices=collection.need_indices(),
-        use_gather_select=collection.use_gather_select(),
-        use_gather_select_per_sharding=collection.use_gather_select_per_sharding(),
-    )
+    return EmbeddingCollection(tables=list(configs), device=device, **sequence_options(collection))
+
+
+def sequence_options(collection: nn.Module) -> dict[str, Any]:
+    """What an `EmbeddingCollection`, sharded or not, was made with besides its tables.
+
+    TorchRec 1.6 does not have the last of the options.
+    """
+    names = ("need_indices", "use_gather_select", "use_gather_select_per_sharding")
+    return {
+        name: getattr(collection, f"_{name}") for name in names if hasattr(collection, f"_{name}")
+    }

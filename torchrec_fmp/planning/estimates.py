@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, Literal
 
 import numpy as np
@@ -177,7 +178,7 @@ def populate(
     Of the shards of equal size of a table one is estimated, because TorchRec's estimators know no
     more of a shard; the others share its estimates.
     """
-    data = build_sharder_data_map({sharder_name(s.module_type): s for s in sharders})
+    by_name = {sharder_name(sharder.module_type): sharder for sharder in sharders}
     given = dict(constraints or {})
     shards = [option.shards for option in options]
     by_size = [{tuple(shard.size): shard for shard in each} for each in shards]
@@ -189,7 +190,11 @@ def populate(
         ),
         EmbeddingStorageEstimator(topology=topology, constraints=given),
     ):
-        estimator.estimate(options, sharder_data_map=data)
+        # TorchRec 1.6 gives an estimator the sharders, later versions what it needs of them.
+        if "sharder_map" in signature(estimator.estimate).parameters:
+            estimator.estimate(options, sharder_map=by_name)
+        else:
+            estimator.estimate(options, sharder_data_map=build_sharder_data_map(by_name))
     for option, each, distinct in zip(options, shards, by_size, strict=True):
         option.shards = each
         copy_estimates(distinct, each)

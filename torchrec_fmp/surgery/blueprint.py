@@ -21,7 +21,7 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.types import CacheMixin
 
-from torchrec_fmp.gates.collections import table_weight
+from torchrec_fmp.gates.collections import sequence_options, table_weight
 from torchrec_fmp.gates.gated import GatedCollection, GatedDense
 from torchrec_fmp.gates.sharded import ShardedGatedCollection
 from torchrec_fmp.surgery.compiled import compilers
@@ -124,9 +124,7 @@ def _unsharded_sequences(sharded: ShardedEmbeddingCollection, fqn: str) -> Embed
     collection = EmbeddingCollection(
         tables=copy.deepcopy(sharded._embedding_configs),
         device=torch.device("meta"),
-        need_indices=sharded._need_indices,
-        use_gather_select=sharded._use_gather_select,
-        use_gather_select_per_sharding=sharded._use_gather_select_per_sharding,
+        **sequence_options(sharded),
     )
     if not hasattr(sharded, "tables_before_sharding"):
         raise TypeError(
