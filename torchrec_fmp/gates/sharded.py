@@ -7,14 +7,12 @@ inner collection is sharded by its own sharder, and the gates are a data-paralle
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torchrec.distributed.embedding import (
-    EmbeddingCollectionContext,
     EmbeddingCollectionSharder,
     ShardedEmbeddingCollection,
 )
@@ -24,7 +22,6 @@ from torchrec.distributed.embedding_types import (
     ShardedEmbeddingModule,
 )
 from torchrec.distributed.embeddingbag import (
-    EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
 )
@@ -55,33 +52,10 @@ Out = TypeVar("Out")
 M = TypeVar("M", bound=GatedCollection)
 
 
-@dataclass
-class NoiseContext:
-    """What the noise of one batch depends on.
-
-    It is taken in `input_dist`, so that a pipeline that distributes a batch ahead gives each batch
-    its own noise.
-    """
-
-    step: int = 0
-    batch_size: int = 0
-
-
-@dataclass
-class GatedBagContext(EmbeddingBagCollectionContext, NoiseContext):
-    """TorchRec's context of pooled embeddings, and the noise's."""
-
-
-@dataclass
-class GatedSequenceContext(EmbeddingCollectionContext, NoiseContext):
-    """TorchRec's context of embeddings that are not pooled, and the noise's."""
-
-
 class ShardedGatedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, Any], Generic[Out]):
     """Sharded counterpart of a `GatedCollection`; made by its sharder."""
 
     unsharded: ClassVar[type[GatedCollection]]
-    context: ClassVar[type[GatedBagContext] | type[GatedSequenceContext]]
     scale: ClassVar[Callable[..., Any]]
 
     def __init__(
@@ -118,10 +92,12 @@ class ShardedGatedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, 
         """TorchRec's sharded collection."""
         return getattr(self, self.inner)
 
-    def create_context(self) -> GatedBagContext | GatedSequenceContext:
-        return self.context()
+    def create_context(self) -> Any:
+        return self.collection.create_context()
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        # What the noise of one batch depends on. It is taken here, so that a pipeline that
+        # distributes a batch ahead gives each batch its own noise.
         ctx.step = self.step.next()
         ctx.batch_size = features.stride()
         return self.collection.input_dist(ctx, features)
@@ -160,7 +136,6 @@ class ShardedGatedEmbeddingBagCollection(ShardedGatedCollection[KeyedTensor]):
     """Sharded counterpart of `GatedEmbeddingBagCollection`."""
 
     unsharded = GatedEmbeddingBagCollection
-    context = GatedBagContext
     scale = staticmethod(scale_keys)
     _embedding_bag_collection: ShardedEmbeddingBagCollection
 
@@ -169,7 +144,6 @@ class ShardedGatedEmbeddingCollection(ShardedGatedCollection[dict[str, JaggedTen
     """Sharded counterpart of `GatedEmbeddingCollection`."""
 
     unsharded = GatedEmbeddingCollection
-    context = GatedSequenceContext
     scale = staticmethod(scale_sequences)
     _embedding_collection: ShardedEmbeddingCollection
 

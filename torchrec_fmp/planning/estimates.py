@@ -178,7 +178,10 @@ def populate(
     Of the shards of equal size of a table one is estimated, because TorchRec's estimators know no
     more of a shard; the others share its estimates.
     """
-    by_name = {sharder_name(sharder.module_type): sharder for sharder in sharders}
+    # TorchRec 1.6 gives its estimators the sharders, later versions what they need of them.
+    known: dict[str, Any] = {sharder_name(sharder.module_type): sharder for sharder in sharders}
+    if "sharder_map" not in signature(ShardEstimator.estimate).parameters:
+        known = build_sharder_data_map(known)
     given = dict(constraints or {})
     shards = [option.shards for option in options]
     by_size = [{tuple(shard.size): shard for shard in each} for each in shards]
@@ -190,11 +193,7 @@ def populate(
         ),
         EmbeddingStorageEstimator(topology=topology, constraints=given),
     ):
-        # TorchRec 1.6 gives an estimator the sharders, later versions what it needs of them.
-        if "sharder_map" in signature(estimator.estimate).parameters:
-            estimator.estimate(options, sharder_map=by_name)
-        else:
-            estimator.estimate(options, sharder_data_map=build_sharder_data_map(by_name))
+        estimator.estimate(options, known)
     for option, each, distinct in zip(options, shards, by_size, strict=True):
         option.shards = each
         copy_estimates(distinct, each)
