@@ -24,7 +24,7 @@ from tests.distributed.dlrm_model import (
     trained,
 )
 from tests.distributed.process_group import ProcessGroup
-from torchrec_fmp import MoveConfig, costs, dry_run, prune
+from torchrec_fmp import MoveConfig, Selection, costs, dry_run, prune
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.planning.replan import Replan
 
@@ -135,14 +135,18 @@ def ungated() -> list[float]:
         dmp = shard(case)
         optimizer = adam(dmp)
         train(dmp, optimizer, range(2))
+        # What is not named stays; the shared table stays for its other feature.
         pruned = prune(
             dmp,
             optimizer,
-            select(GATES, case),
+            Selection.dropping(["e", "c"]),
             planner=planner(),
             replan=replan,  # type: ignore[arg-type]
             batch=batch(7),
         )
+        assert set(pruned.manifest.plans[1].plan["model.sparse_arch.embedding_bag_collection"]) == {
+            *("t_seven", "t_one", "t_shared")
+        }
         assert pruned.manifest.parity_max_abs is not None
         found.append(pruned.manifest.parity_max_abs)
     return found
