@@ -12,7 +12,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from torchrec_fmp.planning.estimates import PlanEstimate
 from torchrec_fmp.planning.planner import describe_plan
-from torchrec_fmp.planning.replan import Comparison
+from torchrec_fmp.planning.replan import Comparison, moved_bytes
 from torchrec_fmp.policies.selection import Selection
 
 _WHEN = ("before", "after")
@@ -54,7 +54,7 @@ class Manifest:
     @property
     def moved_bytes(self) -> int:
         """Bytes that go from one rank to another."""
-        return int(self.link_bytes.sum() - np.trace(self.link_bytes))
+        return moved_bytes(self.link_bytes)
 
     def describe(self) -> dict[str, Any]:
         """Plain data for reports: everything but the decisions, which have a file of their own."""

@@ -16,9 +16,9 @@ from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.planner.utils import sharder_name
 from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingType
 from torchrec.distributed.utils import optimizer_type_to_emb_opt_type
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
+from torchrec_fmp.gates.collections import table_configs
 from torchrec_fmp.gates.gated import GatedCollection
 from torchrec_fmp.surgery.blueprint import blueprint
 from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
@@ -157,7 +157,12 @@ def shardable_tables(model: nn.Module, sharders: Sharders) -> list[ShardableTabl
 
 def features_by_table(module: nn.Module) -> dict[str, list[str]]:
     """Table -> features, of all collections in a module that is not sharded."""
-    return {config.name: list(config.feature_names) for config in table_configs(module)}
+    return {
+        config.name: list(config.feature_names)
+        for child in module.modules()
+        if isinstance(child, (EmbeddingBagCollection, EmbeddingCollection))
+        for config in table_configs(child)
+    }
 
 
 def features_by_collection(model: nn.Module) -> dict[tuple[str, str], list[str]]:
@@ -180,15 +185,6 @@ def is_dense(sharding: ParameterSharding) -> bool:
         sharding.sharding_type == ShardingType.DATA_PARALLEL.value
         or sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value
     )
-
-
-def table_configs(module: nn.Module) -> Iterator[BaseEmbeddingConfig]:
-    """The configs of all collections in a module that is not sharded."""
-    for child in module.modules():
-        if isinstance(child, EmbeddingBagCollection):
-            yield from child.embedding_bag_configs()
-        elif isinstance(child, EmbeddingCollection):
-            yield from child.embedding_configs()
 
 
 def unsharded(model: nn.Module) -> nn.Module:

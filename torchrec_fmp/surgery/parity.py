@@ -41,13 +41,6 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
-    """Without graphs that `torch.compile` made: they would not see the hooks of a comparison."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
-
-
-@contextmanager
 def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
     """The gates have the selection's values; afterwards those that they had."""
     before = [(module, module.fixed) for _, module in feature_gates(model)]
@@ -79,6 +72,16 @@ def steps_uncounted(model: nn.Module) -> Iterator[None]:
     finally:
         for counter, before in counters:
             counter.copy_(before)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation that leaves no trace, without the graphs that `torch.compile` made.
+
+    They would not see the hooks of a comparison.
+    """
+    with evaluation(model), torch.compiler.set_stance("force_eager"), steps_uncounted(model):
+        yield
 
 
 class Difference(NamedTuple):
@@ -113,9 +116,7 @@ def outputs_before(
         Every floating point tensor of the output.
     """
     with (
-        evaluation(model),
-        _eager(),
-        steps_uncounted(model),
+        _undisturbed(model),
         gates_fixed(model, selection),
         _scaled(model, selection),
     ):
@@ -142,9 +143,7 @@ def outputs_after(
         Every floating point tensor of the output.
     """
     with (
-        evaluation(model),
-        _eager(),
-        steps_uncounted(model),
+        _undisturbed(model),
         _narrowed_input(model, selection, dense_features),
     ):
         outputs = _floats(forward(model, batch))
