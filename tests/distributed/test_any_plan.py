@@ -23,14 +23,14 @@ from tests.distributed.dlrm_model import (
     select,
     train,
 )
-from tests.distributed.process_group import ProcessGroup
-from tests.distributed.test_gated_shardings import (
+from tests.distributed.explicit_plans import (
     FLAT,
     HIERARCHICAL,
     Placement,
     collection_plan,
     hosts_of,
 )
+from tests.distributed.process_group import ProcessGroup
 from torchrec_fmp import prune, sharders
 
 TYPES = (*FLAT, *HIERARCHICAL)
