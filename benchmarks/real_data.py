@@ -21,11 +21,11 @@ from torchrec_fmp import cli
 DATA_SETS = ("flights13", "diabetes130", "census_kdd")
 ROOT = Path(__file__).parent.parent
 VARIANTS = {
-    "gates closed at 3e-4": ["--pretrain.penalty.weight=3e-4"],
-    "gates closed at 1e-3": ["--pretrain.penalty.weight=1e-3"],
+    "gates closed at 3e-4": ["--scorer.penalty.weight=3e-4"],
+    "gates closed at 1e-3": ["--scorer.penalty.weight=1e-3"],
     "half of the features": [
-        "--pretrain.penalty=TargetPenalty",
-        "--pretrain.penalty.keep=0.5",
+        "--scorer.penalty=TargetPenalty",
+        "--scorer.penalty.keep=0.5",
         "--policy=TopFraction",
         "--policy.fraction=0.5",
     ],

@@ -23,10 +23,10 @@ VARIANTS = {
     "centered, per batch": ["--gates.sampling=batch"],
     "exact gradient, per example": ["--gates.centered=false"],
     "exact gradient, per batch": ["--gates.centered=false", "--gates.sampling=batch"],
-    "no open start": ["--pretrain.open_fraction=0"],
+    "no open start": ["--scorer.open_fraction=0"],
     "batches of 256": ["--pretrain.batch_size=256"],
-    "L0 weight 1.5e-3": ["--pretrain.penalty.weight=1.5e-3"],
-    "L0 weight 6e-3": ["--pretrain.penalty.weight=6e-3"],
+    "L0 weight 1.5e-3": ["--scorer.penalty.weight=1.5e-3"],
+    "L0 weight 6e-3": ["--scorer.penalty.weight=6e-3"],
 }
 # 80,000 rows for pretraining and few for going on, which is not asked about here.
 ROWS = ["--data.rows=100000", "--pretrain.fraction=0.8", "--data.test_rows=2000"]

@@ -54,7 +54,7 @@ def load(tmp_path: Path, config: dict[str, Any], *overrides: str) -> RunConfig:
         ({"gates__init_log_alpha": 1.0}, "init_log_alpha", "gates.initial_log_alpha"),
         ({"gates__distribution__temprature": 0.5}, "temprature", "temperature"),
         ({"data__init_args__rwos": 9}, "rwos", "rows"),
-        ({"pretrain__penalty__init_args__wieght": 1}, "wieght", "weight"),
+        ({"scorer__init_args__penalty__init_args__wieght": 1}, "wieght", "weight"),
         (
             {"policy": {"class_path": TOP_FRACTION, "init_args": {"fractoin": 0.5}}},
             "fractoin",
@@ -79,7 +79,7 @@ def test_a_misspelt_option_in_yaml_is_an_error_that_names_the_nearest(
         ("--gates.distribution.temprature", "gates.distribution.temperature"),
         ("--data.rwos", "rows"),
         ("--model.init_args.embeding_dim", "embedding_dim"),
-        ("--pretrain.penalty.wieght", "weight"),
+        ("--scorer.penalty.wieght", "weight"),
     ],
 )
 def test_a_misspelt_override_is_an_error_that_names_the_nearest(
@@ -125,10 +125,10 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_option_and_value(
         ({"pretrain__batch_size": -8}, r"pretrain\.batch_size is -8"),
         ({"pretrain__fraction": 0.0}, r"pretrain\.fraction is 0"),
         ({"pretrain__fraction": 1.5}, r"pretrain\.fraction is 1.5, it must be at most 1"),
-        ({"pretrain__gate_learning_rate": float("nan")}, r"gate_learning_rate is nan"),
-        ({"pretrain__open_fraction": 0.9}, r"open_fraction 0.9 and pretrain\.ramp_fraction 0.1"),
-        ({"pretrain__ramp_fraction": -0.1}, r"ramp_fraction -0.1 must not be negative"),
-        ({"pretrain__ramp_fraction": float("nan")}, r"ramp_fraction nan"),
+        ({"scorer__init_args__learning_rate": float("nan")}, r"learning_rate is nan"),
+        ({"scorer__init_args__open_fraction": 0.9}, r"open_fraction 0.9 and ramp_fraction 0.1"),
+        ({"scorer__init_args__ramp_fraction": -0.1}, r"ramp_fraction -0.1 must not be negative"),
+        ({"scorer__init_args__ramp_fraction": float("nan")}, r"ramp_fraction nan"),
         ({"parity_tolerance": -1.0}, r"parity_tolerance is -1"),
         ({"parity_tolerance": float("nan")}, r"parity_tolerance is nan"),
         ({"seed": -1}, r"seed is -1"),
@@ -204,8 +204,8 @@ def test_overrides_win_over_yaml_and_leave_the_rest(tmp_path: Path) -> None:
     assert (config.data.rows, config.data.test_rows) == (7000, 1000)
     assert isinstance(config.model, DlrmBackbone)
     assert isinstance(config.policy, ClosedGates)
-    assert isinstance(config.pretrain.penalty, L0Penalty)
-    assert config.pretrain.penalty.weight == 0.015
+    assert isinstance(config.scorer.penalty, L0Penalty)
+    assert config.scorer.penalty.weight == 0.015
 
 
 def settings_of(part: object) -> object:
@@ -220,7 +220,7 @@ def settings_of(part: object) -> object:
     [
         {},
         {"policy": {"class_path": TOP_FRACTION, "init_args": {"fraction": 0.3}}, "seed": 9},
-        {"pretrain__penalty": {"class_path": TARGET, "init_args": {"keep": 0.4}}},
+        {"scorer__init_args__penalty": {"class_path": TARGET, "init_args": {"keep": 0.4}}},
         {"policy": {"class_path": f"{__name__}.OutOfTree", "init_args": {"threshold": 0.25}}},
         {"planner__tables": {"t_main_0": ["row_wise"]}, "reference": True},
         {"train__learning_rate": 1e-5, "gates__log_alpha_bounds": [-5, 3]},
@@ -235,7 +235,7 @@ def test_the_composed_yaml_gives_the_same_configuration_and_itself(
     again, composed_again = load_config(write_config(tmp_path, yaml.safe_load(composed)))
     assert composed_again == composed
     assert type(again.policy) is type(config.policy)
-    assert type(again.pretrain.penalty) is type(config.pretrain.penalty)
+    assert type(again.scorer.penalty) is type(config.scorer.penalty)
     assert settings_of(again) == settings_of(config)
 
 
@@ -259,17 +259,17 @@ def test_classes_outside_the_package_are_named_by_their_path(tmp_path: Path) -> 
 def test_classes_of_the_package_may_be_named_without_their_module(
     tmp_path: Path, shown: str
 ) -> None:
-    overrides = [f"--pretrain.penalty={shown}", "--pretrain.penalty.keep", "0.25"]
+    overrides = [f"--scorer.penalty={shown}", "--scorer.penalty.keep", "0.25"]
     policy = {"class_path": "TopFraction", "init_args": {"fraction": 0.5}}
     config = load(tmp_path, tiny(policy=policy), *overrides)
-    assert isinstance(config.pretrain.penalty, TargetPenalty)
-    assert config.pretrain.penalty.keep == 0.25
+    assert isinstance(config.scorer.penalty, TargetPenalty)
+    assert config.scorer.penalty.keep == 0.25
     assert isinstance(config.policy, TopFraction)
 
 
 def test_two_configurations_share_no_penalty_or_policy(tmp_path: Path) -> None:
     first, second = (load(tmp_path, tiny()) for _ in range(2))
-    assert first.pretrain.penalty is not second.pretrain.penalty
+    assert first.scorer.penalty is not second.scorer.penalty
     assert first.policy is not second.policy
 
 

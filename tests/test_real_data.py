@@ -17,7 +17,7 @@ DATA = ROOT.parent / "shared" / "data"
 ROWS = 60_000
 
 MOST = [
-    *("--pretrain.penalty", "TargetPenalty", "--pretrain.penalty.keep", "0.75"),
+    *("--scorer.penalty", "TargetPenalty", "--scorer.penalty.keep", "0.75"),
     *("--policy", "TopFraction", "--policy.fraction", "0.75"),
 ]
 

@@ -169,7 +169,7 @@ def test_the_schedule_sets_the_gates_before_the_forward_and_its_term_is_in_the_g
         total=3,
         ranks=ranks(),
         log=NO_LOG,
-        schedule=schedule(gates, steps=3, open_steps=1, ramp_steps=0),
+        extra=schedule(gates, steps=3, open_steps=1, ramp_steps=0),
     )
     assert model.open_states == [True, False, False]
     start = GateConfig().initial_log_alpha

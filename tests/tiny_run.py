@@ -30,14 +30,16 @@ TINY: dict[str, Any] = {
         "init_args": {"embedding_dim": 8, "dense_arch": [8], "over_arch": [16]},
     },
     # Far stronger than for real data, so that gates close within 160 steps.
-    "pretrain": {
-        "fraction": 0.5,
-        "batch_size": 32,
-        "gate_learning_rate": 0.2,
-        "open_fraction": 0.3,
-        "penalty": {
-            "class_path": "torchrec_fmp.gates.penalty.L0Penalty",
-            "init_args": {"weight": 0.015},
+    "pretrain": {"fraction": 0.5, "batch_size": 32},
+    "scorer": {
+        "class_path": "torchrec_fmp.scores.hard_concrete.HardConcreteScorer",
+        "init_args": {
+            "learning_rate": 0.2,
+            "open_fraction": 0.3,
+            "penalty": {
+                "class_path": "torchrec_fmp.gates.penalty.L0Penalty",
+                "init_args": {"weight": 0.015},
+            },
         },
     },
     "train": {"batch_size": 100, "log_interval": 7},

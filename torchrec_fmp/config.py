@@ -17,17 +17,19 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from torchrec_fmp import data, models, paths, policies
+from torchrec_fmp import data, models, paths, policies, scores
 from torchrec_fmp.data.columns import BadInput
 from torchrec_fmp.data.dataset import Dataset
 from torchrec_fmp.gates.feature_gates import GateConfig
-from torchrec_fmp.gates.penalty import L0Penalty, Penalty
+from torchrec_fmp.gates.penalty import Penalty
 from torchrec_fmp.models.backbone import Backbone
 from torchrec_fmp.planning.planner import PlannerConfig
 from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import Policy
 from torchrec_fmp.reshard.reshard import MoveConfig
+from torchrec_fmp.scores.hard_concrete import HardConcreteScorer
+from torchrec_fmp.scores.scorer import Scorer
 
 Config = TypeVar("Config")
 
@@ -67,40 +69,24 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The phase with gates, on the first part of the data.
+    """The phase in which features are scored, on the first part of the data.
 
     Args:
         fraction: of the training rows; not used where `samples` is given.
         samples: training rows, over all ranks; rounded down to whole batches.
         batch_size: rows a step on each rank; many small steps move the gates further.
-        gate_learning_rate: of Adam, for log_alpha.
-        open_fraction: of the phase's steps, at its start, in which every gate is exactly open.
-        ramp_fraction: of the steps, after these, in which the penalty grows to its full strength.
-        penalty: what drives the gates to close.
     """
 
     fraction: float = 0.2
     samples: int | None = None
     batch_size: int = 128
-    gate_learning_rate: float = 5e-2
-    open_fraction: float = 0.4
-    ramp_fraction: float = 0.1
-    penalty: Penalty = field(default_factory=L0Penalty)
 
     def __post_init__(self) -> None:
-        check_positive(self, "pretrain", "fraction", "batch_size", "gate_learning_rate")
+        check_positive(self, "pretrain", "fraction", "batch_size")
         if self.fraction > 1:
             raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
         if self.samples is not None and self.samples < 1:
             raise ValueError(f"pretrain.samples is {self.samples}, it must be at least 1")
-        if not (self.open_fraction >= 0 <= self.ramp_fraction) or (
-            self.open_fraction + self.ramp_fraction >= 1
-        ):
-            raise ValueError(
-                f"pretrain.open_fraction {self.open_fraction} and pretrain.ramp_fraction "
-                f"{self.ramp_fraction} must not be negative and leave a part of the phase for the "
-                "full penalty"
-            )
 
     def rows_of(self, rows: int, world_size: int) -> int:
         """How many of a rank's `rows` are for pretraining, in whole batches."""
@@ -116,7 +102,8 @@ class RunConfig:
         data: the data set.
         model: the backbone.
         gates: start and noise of the gates.
-        pretrain: the phase with gates.
+        pretrain: the rows that features are scored on.
+        scorer: what scores them; by default, gates that are trained with the model.
         policy: which features go.
         parity_tolerance: largest difference allowed between gated and pruned logits.
         train: both phases' training.
@@ -131,6 +118,7 @@ class RunConfig:
     model: Backbone
     gates: GateConfig = field(default_factory=GateConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    scorer: Scorer = field(default_factory=HardConcreteScorer)
     policy: Policy = field(default_factory=ClosedGates)
     parity_tolerance: float = 1e-6
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -205,11 +193,11 @@ def _import_all(package: ModuleType) -> None:
 
 
 # What YAML names by class.
-_NAMED_BASES = (Dataset, Backbone, Penalty, Policy)
+_NAMED_BASES = (Dataset, Backbone, Penalty, Policy, Scorer)
 
 
 def _parser() -> ArgumentParser:
-    for package in (data, models, policies):
+    for package in (data, models, policies, scores):
         _import_all(package)
     parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
@@ -217,7 +205,7 @@ def _parser() -> ArgumentParser:
     parser.set_defaults(
         {
             "policy": {"class_path": _class_path(ClosedGates)},
-            "pretrain.penalty": {"class_path": _class_path(L0Penalty)},
+            "scorer": {"class_path": _class_path(HardConcreteScorer)},
         }
     )
     return parser

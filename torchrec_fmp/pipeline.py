@@ -7,23 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from torch.optim import Adam, Optimizer
 from torchrec.datasets.utils import Batch
-from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_fmp.agreement import broadcast_text
 from torchrec_fmp.config import RunConfig
 from torchrec_fmp.data.dataset import Split
 from torchrec_fmp.data.reader import Reader
 from torchrec_fmp.data.schema import Schema
-from torchrec_fmp.gates.attach import attach_gates, feature_gates, gate_optimizer
-from torchrec_fmp.gates.sharded import sharders
+from torchrec_fmp.job import Job, build_job
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.metrics import Metrics, evaluate
 from torchrec_fmp.metrics_log import MetricsLog
@@ -31,16 +25,14 @@ from torchrec_fmp.models.backbone import table_name
 from torchrec_fmp.planning.planner import make_planner
 from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.pretraining import Pretraining
 from torchrec_fmp.pruning import prune
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.run_directory import RunDirectory
-from torchrec_fmp.scores.gate_scores import gate_scores
-from torchrec_fmp.train import GateSchedule, Progress, train
+from torchrec_fmp.scores.feature_scores import FeatureScores
+from torchrec_fmp.train import Progress, total_progress, train
 
 _logger = logging.getLogger(__name__)
-
-# A prime beyond the seeds that anyone sweeps.
-_SEEDS_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -62,15 +54,6 @@ class Outcome:
     progress: dict[str, Progress] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     replaced: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-
-@dataclass
-class _Job:
-    """A sharded model, the optimizer of its dense parameters, and the columns that it reads."""
-
-    model: DistributedModelParallel
-    optimizer: Optimizer
-    schema: Schema
 
 
 class Pipeline:
@@ -126,14 +109,16 @@ class Pipeline:
         if self._config.reference:
             self._run_reference()
         job = self._build(gated=True)
+        pretraining = self._pretraining(job)
         with self._timed("pretrain"):
-            self._pretrain(job)
+            scores = self._config.scorer.score(pretraining)
+        self._progress["pretrain"] = total_progress(pretraining.progress)
         with self._timed("prune"):
-            selection = self._decide(job)
-            job, manifest = self._prune(job, selection)
+            selection = self._decide(scores)
+            job, manifest = self._prune(job, selection, pretraining.trained_rows)
         self._metrics["pruned"] = self._evaluate(job)
         with self._timed("continue"):
-            self._train(job, "continue", self._pretrain_rows, self._config.train.batch_size)
+            self._train(job, "continue", pretraining.trained_rows, self._config.train.batch_size)
         self._metrics["final"] = self._evaluate(job)
         return Outcome(
             selection,
@@ -154,52 +139,32 @@ class Pipeline:
             self._train(job, "full", self._pretrain_rows, self._config.train.batch_size)
         self._metrics["full"] = self._evaluate(job)
 
-    def _build(self, gated: bool) -> _Job:
-        config, device = self._config, self._ranks.device
-        # The reference and the gated model start from the same weights.
-        torch.manual_seed(config.seed)
-        model = config.model.build(self._schema, device)
-        if gated:
-            gates = replace(config.gates, seed=config.gates.seed + config.seed)
-            attach_gates(model, gates, config.model.dense_modules(self._schema))
-        model_sharders = sharders(
-            {
-                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-                "learning_rate": config.train.embedding_learning_rate,
-            }
-        )
-        plan = self._planner.collective_plan(model, model_sharders, self._ranks.group)
-        # Each rank fills its own shards, which must not be each other's copies. The CPU generator
-        # reads the seed's lower 32 bits only.
-        torch.manual_seed(config.seed + _SEEDS_APART * self._ranks.rank)
-        sharded = DistributedModelParallel(model, device=device, plan=plan, sharders=model_sharders)
-        log_alphas = {id(module.log_alpha) for _, module in feature_gates(sharded)}
-        dense = dict(in_backward_optimizer_filter(sharded.named_parameters()))
-        parameters = [parameter for parameter in dense.values() if id(parameter) not in log_alphas]
-        optimizer = Adam(parameters, lr=config.train.learning_rate, fused=True)
-        return _Job(sharded, optimizer, self._schema)
+    def _build(self, gated: bool) -> Job:
+        return build_job(self._config, self._schema, self._ranks, self._planner, gated)
 
-    def _pretrain(self, job: _Job) -> None:
-        config = self._config.pretrain
-        steps = self._pretrain_rows // config.batch_size
-        schedule = GateSchedule(
-            gates=[module for _, module in feature_gates(job.model)],
-            optimizer=gate_optimizer(job.model, config.gate_learning_rate),
-            penalty=config.penalty,
-            steps=steps,
-            open_steps=int(config.open_fraction * steps),
-            ramp_steps=int(config.ramp_fraction * steps),
+    def _pretraining(self, job: Job) -> Pretraining:
+        batch_size = self._config.pretrain.batch_size
+
+        def read(start: int, stop: int) -> Iterator[Batch]:
+            return self._reader("train", job.schema).batches(batch_size, start, stop)
+
+        def read_later(start: int, stop: int) -> Iterator[Batch]:
+            return read(self._pretrain_rows + start, self._pretrain_rows + stop)
+
+        return Pretraining(
+            job,
+            self._ranks,
+            read,
+            read_later,
+            self._pretrain_rows,
+            self._rows - self._pretrain_rows,
+            batch_size,
+            self._config.seed,
+            self._log,
         )
-        self._train(job, "pretrain", 0, config.batch_size, self._pretrain_rows, schedule)
 
     def _train(
-        self,
-        job: _Job,
-        phase: str,
-        start: int,
-        batch_size: int,
-        stop: int | None = None,
-        schedule: GateSchedule | None = None,
+        self, job: Job, phase: str, start: int, batch_size: int, stop: int | None = None
     ) -> None:
         """Trains on this rank's rows [start, stop)."""
         stop = self._rows if stop is None else stop
@@ -212,20 +177,19 @@ class Pipeline:
             total=(stop - start) // batch_size,
             ranks=self._ranks,
             log=self._log,
-            schedule=schedule,
         )
 
-    def _decide(self, job: _Job) -> Selection:
+    def _decide(self, scores: FeatureScores) -> Selection:
         """Decides on rank 0 and sends the decision, so that every rank has the same."""
         text = None
         if self._ranks.speaks:
-            text = decide(gate_scores(job.model), self._config.policy).to_json()
+            text = decide(scores, self._config.policy).to_json()
         text = broadcast_text(text, self._ranks.group, self._ranks.device)
         if self._directory:
             self._directory.write_text("selection.json", text)
         return Selection.from_json(text)
 
-    def _prune(self, job: _Job, selection: Selection) -> tuple[_Job, Manifest]:
+    def _prune(self, job: Job, selection: Selection, trained_rows: int) -> tuple[Job, Manifest]:
         pruned = prune(
             job.model,
             job.optimizer,
@@ -234,20 +198,20 @@ class Pipeline:
             batch=self._first_test_batch(),
             tolerance=self._config.parity_tolerance,
             replan=self._config.replan,
-            steps_left=(self._rows - self._pretrain_rows) // self._config.train.batch_size,
+            steps_left=(self._rows - trained_rows) // self._config.train.batch_size,
             move=self._config.move,
         )
         if self._directory:
             self._directory.write_json("manifest.json", pruned.manifest.describe())
         kept = self._schema.only(selection.kept)
-        return _Job(pruned.model, pruned.optimizer, kept), pruned.manifest
+        return Job(pruned.model, pruned.optimizer, kept), pruned.manifest
 
     def _first_test_batch(self) -> Batch:
         reader = self._reader("test", self._schema)
         batch, _ = next(reader.padded_batches(self._config.train.batch_size))
         return batch.to(self._ranks.device)
 
-    def _evaluate(self, job: _Job) -> Metrics:
+    def _evaluate(self, job: Job) -> Metrics:
         reader = self._reader("test", job.schema)
         return evaluate(
             job.model, reader.padded_batches(self._config.train.batch_size), self._ranks

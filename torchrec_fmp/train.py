@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +22,16 @@ from torchrec_fmp.ranks import Ranks
 
 class TrainingDiverged(RuntimeError):
     """The loss became NaN or infinite."""
+
+
+class Steps(Protocol):
+    """What else is learned in each step, beside the model: gates, say, and their penalty."""
+
+    def loss_term(self, step: int) -> Tensor | None:
+        """Called before the step's forward; what to add to the loss, if anything."""
+
+    def update(self, step: int) -> None:
+        """Called behind the step's backward."""
 
 
 class GateSchedule:
@@ -93,6 +104,21 @@ class Progress:
     input_share: float
 
 
+def total_progress(parts: Sequence[Progress]) -> Progress:
+    """Of a phase that was trained in parts; `step_ms` is the mean of theirs, by steps."""
+    steps = sum(part.steps for part in parts)
+    seconds = sum(part.seconds for part in parts)
+    trained = [part for part in parts if part.steps]
+    waited = sum(part.input_share * part.seconds for part in parts)
+    return Progress(
+        steps=steps,
+        samples=sum(part.samples for part in parts),
+        step_ms=sum(part.step_ms * part.steps for part in trained) / steps if steps else math.nan,
+        seconds=seconds,
+        input_share=waited / seconds if seconds > 0 else 0.0,
+    )
+
+
 def train(
     model: nn.Module,
     optimizer: Optimizer,
@@ -102,7 +128,7 @@ def train(
     total: int,
     ranks: Ranks,
     log: MetricsLog,
-    schedule: GateSchedule | None = None,
+    extra: Steps | None = None,
 ) -> Progress:
     """Trains on every batch once.
 
@@ -115,7 +141,7 @@ def train(
         total: number of batches.
         ranks: the group.
         log: gets one line a logging interval, and one for what is left at the end.
-        schedule: of the gates, in pretraining.
+        extra: what else learns in each step, as the gates do in pretraining.
 
     Raises:
         TrainingDiverged: if the loss is not finite; names phase and step.
@@ -131,12 +157,12 @@ def train(
         step_start = time.perf_counter()
         optimizer.zero_grad()
         # Before the forward: it also puts the gates into their state for this step.
-        term = None if schedule is None else schedule.loss_term(step)
+        term = None if extra is None else extra.loss_term(step)
         loss, _ = model(batch.to(ranks.device))
         (loss if term is None else loss + term).backward()
         optimizer.step()
-        if schedule is not None:
-            schedule.update(step)
+        if extra is not None:
+            extra.update(step)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainingDiverged(

@@ -1,0 +1,105 @@
+"""`Pretraining`: the model and the rows that a scorer works with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from torchrec.datasets.utils import Batch
+
+from torchrec_fmp.gates.attach import feature_gates
+from torchrec_fmp.gates.feature_gates import FeatureGates
+from torchrec_fmp.job import Job
+from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.train import Progress, Steps, train
+
+
+class Pretraining:
+    """A gated model before its features are selected, and the rows to select them by.
+
+    Args:
+        job: the sharded model with gates, which are opened, and its optimizer.
+        ranks: the group.
+        read: (start, stop) -> batches of this rank's rows of pretraining.
+        read_later: the same of the rows behind them, which are trained on later.
+        rows: of this rank that are for pretraining.
+        later_rows: of this rank that are trained on later.
+        batch_size: rows a step on each rank, and of the batches that are read.
+        seed: of the run.
+        log: gets the training's losses.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        ranks: Ranks,
+        read: Callable[[int, int], Iterable[Batch]],
+        read_later: Callable[[int, int], Iterable[Batch]],
+        rows: int,
+        later_rows: int,
+        batch_size: int,
+        seed: int,
+        log: MetricsLog,
+    ) -> None:
+        self.job = job
+        self.ranks = ranks
+        self.batch_size = batch_size
+        self.rows = rows
+        self.seed = seed
+        self._read, self._read_later = read, read_later
+        self._later_rows = later_rows
+        self._log = log
+        self.trained_rows = 0
+        self.progress: list[Progress] = []
+        for module in self.gates:
+            module.set_open(True)
+
+    @property
+    def gates(self) -> list[FeatureGates]:
+        """All gates of the model, one module for each collection and dense input."""
+        return [module for _, module in feature_gates(self.job.model)]
+
+    @property
+    def steps(self) -> int:
+        """Number of batches in the rows of pretraining."""
+        return self.rows // self.batch_size
+
+    def batches(self, steps: int | None = None) -> Iterator[Batch]:
+        """The first batches of pretraining, all by default, on the device; trains nothing."""
+        stop = self.batch_size * (self.steps if steps is None else steps)
+        for batch in self._read(0, stop):
+            yield batch.to(self.ranks.device)
+
+    def validation_batches(self, rows: int) -> Iterator[Batch]:
+        """Batches, on the device, of about `rows` rows of all ranks that pretraining never reads.
+
+        They are the first rows of the next phase, which trains on them later.
+        """
+        wanted = min(-(-rows // self.ranks.world_size), self._later_rows)
+        for batch in self._read_later(0, wanted):
+            yield batch.to(self.ranks.device)
+
+    def train(self, steps: int | None = None, extra: Steps | None = None) -> None:
+        """Trains the model on the next batches, by default on all that are left.
+
+        Args:
+            steps: number of batches.
+            extra: a term of the loss and what it trains, such as gates and their penalty.
+
+        Raises:
+            TrainingDiverged: if the loss is not finite.
+        """
+        start = self.trained_rows
+        stop = self.rows if steps is None else min(start + steps * self.batch_size, self.rows)
+        progress = train(
+            self.job.model,
+            self.job.optimizer,
+            self._read(start, stop),
+            phase="pretrain",
+            total=(stop - start) // self.batch_size,
+            ranks=self.ranks,
+            log=self._log,
+            extra=extra,
+        )
+        self.trained_rows = start + progress.steps * self.batch_size
+        self.progress.append(progress)
