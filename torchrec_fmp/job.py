@@ -8,13 +8,13 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch.optim import Adam, Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from torchrec_fmp.config import RunConfig
 from torchrec_fmp.data.schema import Schema
 from torchrec_fmp.gates.attach import attach_gates, feature_gates
 from torchrec_fmp.gates.sharded import sharders
-from torchrec_fmp.planning.choice import Planner
 from torchrec_fmp.ranks import Ranks
 
 # A prime beyond the seeds that anyone sweeps.
@@ -31,7 +31,7 @@ class Job:
 
 
 def build_job(
-    config: RunConfig, schema: Schema, ranks: Ranks, planner: Planner, gated: bool
+    config: RunConfig, schema: Schema, ranks: Ranks, planner: EmbeddingShardingPlanner, gated: bool
 ) -> Job:
     """A freshly initialized model of the schema's columns, sharded over all ranks. Collective.
 
