@@ -5,30 +5,36 @@ The logit of a row is a bias plus
 - a *main effect* of each `main_i`: one number per value, of the field's strength;
 - an *interaction* of each pair `pair_ia`, `pair_ib`: a product of two signs, so that neither field
   alone says anything about the label;
-- a *dense effect*, linear in each `dense_i`.
+- a *dense effect*, linear in each `dense_i`;
+- a *main effect* of each `multi_i`, whose rows hold bags of values: the sum over the bag.
 
 `copy_i` is a function of `main_i` that merges its values in groups, so it says nothing that
-`main_i` does not; `noise_i` and `dense_noise_i` are independent of everything.
+`main_i` does not; `noise_i`, `multi_noise_i` and `dense_noise_i` are independent of everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from torchrec_fmp.data import planted
 from torchrec_fmp.data.dataset import Dataset, PlantedTruth, RowGroup, Source, Split
+from torchrec_fmp.data.planted import Bag, Copy, Field, Floats, Labels
 from torchrec_fmp.data.schema import Schema, SparseColumn
 
 LABEL = "label"
 _ROWS_PER_GROUP = 32_768
-# Values merged into one by a redundant copy.
-_MERGED_VALUES = 3
 _NAME = "synthetic"
+_COUNTS = (
+    *("main", "pairs", "copies", "noise", "dense", "dense_noise"),
+    *("multi_valued", "multi_valued_noise"),
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,16 @@ class SyntheticDataset(Dataset):
         noise: sparse features without any effect.
         dense: dense features with an effect.
         dense_noise: dense features without any effect.
+        multi_valued: sparse features with a main effect and several values a row.
+        multi_valued_noise: sparse features without any effect and several values a row.
         strongest: standard deviation of the strongest effect, in logits.
         weakest: of the weakest; the others lie between, geometrically.
         pair_strength: of each interaction, in logits.
         cardinalities: smallest and largest number of values of a field, Zipf-distributed.
-        bias: logit of a row without effects.
+        noise_cardinalities: of the sparse features without effect; by default the same.
+        longest_bag: values in the largest bag of a multi-valued feature; the smallest is empty.
+        bias: logit of a row without effects. Without any, -4 gives 1.8% of positives; effects
+            raise the share.
         seed: of everything.
 
     Raises:
@@ -63,143 +74,177 @@ class SyntheticDataset(Dataset):
     noise: int = 9
     dense: int = 2
     dense_noise: int = 2
+    multi_valued: int = 0
+    multi_valued_noise: int = 0
     strongest: float = 0.8
     weakest: float = 0.3
     pair_strength: float = 0.6
     cardinalities: tuple[int, int] = (10, 100_000)
+    noise_cardinalities: tuple[int, int] | None = None
+    longest_bag: int = 8
     bias: float = -1.5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("main", "pairs", "copies", "noise", "dense", "dense_noise"):
+        for name in _COUNTS:
             if getattr(self, name) < 0:
                 raise ValueError(f"synthetic data: {name} is {getattr(self, name)}, below 0")
         if self.rows < 1 or self.test_rows < 1:
             raise ValueError("synthetic data: rows and test_rows must be at least 1")
+        if self.longest_bag < 1:
+            raise ValueError(f"synthetic data: longest_bag is {self.longest_bag}, below 1")
         if self.copies > self.main:
             raise ValueError(
                 f"synthetic data: {self.copies} copies of {self.main} main effects; "
                 "each copies another one, so there can be no more copies than main effects"
             )
-        low, high = self.cardinalities
-        if not 2 <= low <= high:
-            raise ValueError(
-                f"synthetic data: cardinalities {low} to {high}, need 2 <= low <= high"
-            )
+        for name in ("cardinalities", "noise_cardinalities"):
+            low, high = getattr(self, name) or self.cardinalities
+            if not 2 <= low <= high:
+                raise ValueError(f"synthetic data: {name} {low} to {high}, need 2 <= low <= high")
 
     @cached_property
     def schema(self) -> Schema:
-        sparse = [SparseColumn(field.name, field.cardinality) for field in self._fields]
+        sparse = [SparseColumn(feature.name, feature.cardinality) for feature in self._sparse]
         dense = _names("dense", self.dense) + _names("dense_noise", self.dense_noise)
         return Schema(label=LABEL, dense=tuple(dense), sparse=tuple(sparse))
 
     @property
     def truth(self) -> PlantedTruth:
-        pairs = [name for i in range(self.pairs) for name in (f"pair_{i}a", f"pair_{i}b")]
+        main, multi = _names("main", self.main), _names("multi", self.multi_valued)
+        pairs = [name for pair in self._pairs for name in pair]
+        noise = _names("noise", self.noise) + _names("multi_noise", self.multi_valued_noise)
         return PlantedTruth(
-            signal=(*_names("main", self.main), *pairs, *_names("dense", self.dense)),
+            signal=(*main, *pairs, *multi, *_names("dense", self.dense)),
             redundant=tuple(_names("copy", self.copies)),
-            noise=(*_names("noise", self.noise), *_names("dense_noise", self.dense_noise)),
+            noise=(*noise, *_names("dense_noise", self.dense_noise)),
         )
 
     def source(self, split: Split) -> Source:
         return _SyntheticSource(self, split)
 
-    @cached_property
-    def _fields(self) -> list[_Field]:
-        """The drawn sparse fields, and the copies, in the order of the schema."""
-        random = np.random.default_rng((self.seed, 0))
-        main = [
-            _Field.draw(name, cardinality, strength, random)
-            for name, cardinality, strength in zip(
-                _names("main", self.main),
-                _spread(self.cardinalities, self.main, random),
-                _strengths(self.strongest, self.weakest, self.main),
-                strict=True,
-            )
-        ]
-        # Pairs are learned from their products, so their fields have few values.
-        pairs = [
-            _Field.signs(f"pair_{i}{side}", self.cardinalities[0], random)
-            for i in range(self.pairs)
-            for side in "ab"
-        ]
-        copies = [field.merged(f"copy_{i}") for i, field in enumerate(main[: self.copies])]
-        noise = [
-            _Field(name, cardinality)
-            for name, cardinality in zip(
-                _names("noise", self.noise),
-                _spread(self.cardinalities, self.noise, random),
-                strict=True,
-            )
-        ]
-        return [*main, *pairs, *copies, *noise]
+    def oracle_auc(self) -> float:
+        """AUC of the true logit on the test split; NaN if its rows are of one class."""
+        effects, labels = self._test_effects()
+        return planted.auc(planted.logits(effects.values(), self.bias, len(labels)), labels)
 
-    def generate(self, rows: int, key: Sequence[int]) -> pa.Table:
-        """`rows` rows as a table; `key` says which part of the stream they are."""
-        random = np.random.default_rng((self.seed, 1, *key))
-        columns: dict[str, npt.NDArray[np.generic]] = {}
-        logit = np.full(rows, self.bias)
-        drawn = {field.name: field for field in self._fields if field.merges is None}
-        for field in drawn.values():
-            columns[field.name] = field.sample(random, rows)
-        strengths = _strengths(self.strongest, self.weakest, self.dense)
-        for name, strength in zip(_names("dense", self.dense), strengths, strict=True):
-            columns[name] = random.standard_normal(rows, dtype=np.float32)
-            logit += strength * columns[name]
-        for name in _names("dense_noise", self.dense_noise):
-            columns[name] = random.standard_normal(rows, dtype=np.float32)
-        for i in range(self.main):
-            logit += drawn[f"main_{i}"].effect_of(columns[f"main_{i}"])
-        for i in range(self.pairs):
-            left, right = f"pair_{i}a", f"pair_{i}b"
-            signs = drawn[left].effect_of(columns[left]) * drawn[right].effect_of(columns[right])
-            logit += self.pair_strength * signs
-        for field in self._fields:
-            if field.merges is not None:
-                columns[field.name] = columns[field.merges] // _MERGED_VALUES
-        probability = 1 / (1 + np.exp(-logit))
-        columns[LABEL] = (random.random(rows) < probability).astype(np.int8)
+    def oracle_contributions(self) -> dict[str, float]:
+        """For each feature: AUC of the true logit, less AUC of it without the feature's effect.
+
+        On the test split, with every effect of all its rows in memory, 8 bytes each. Exactly 0
+        for copies and noise; both features of a pair have that of their interaction. An effect
+        too weak for the number of test rows may come out slightly below 0.
+        """
+        effects, labels = self._test_effects()
+        useless = dict.fromkeys(self.schema.features, 0.0)
+        return useless | planted.contributions(effects, self.bias, labels)
+
+    def generate(self, split: Split, group: RowGroup) -> pa.Table:
+        """The rows of one row group of a split."""
+        columns = self._columns(split, group)
         return pa.table({name: columns[name] for name in self.schema.columns})
 
+    @property
+    def _pairs(self) -> list[tuple[str, str]]:
+        return [(f"pair_{i}a", f"pair_{i}b") for i in range(self.pairs)]
 
-@dataclass(frozen=True)
-class _Field:
-    """A sparse field: its values, and the effect of each on the logit."""
+    @cached_property
+    def _sparse(self) -> list[Field | Copy | Bag]:
+        """The sparse features in the order of the schema."""
+        random = np.random.default_rng((self.seed, 0))
+        main = self._main_effects("main", self.main, 1, random)
+        # Pairs are learned from their products, so their fields have few values.
+        pairs = [
+            Field.signs(name, self.cardinalities[0], random)
+            for pair in self._pairs
+            for name in pair
+        ]
+        copies = [Copy(f"copy_{i}", field) for i, field in enumerate(main[: self.copies])]
+        noise = self._without_effect("noise", self.noise, random)
+        # Drawn apart, so that the other features stay the same however many of these there are.
+        random = np.random.default_rng((self.seed, 2))
+        mean_length = self.longest_bag / 2
+        multi = self._main_effects("multi", self.multi_valued, mean_length, random)
+        multi += self._without_effect("multi_noise", self.multi_valued_noise, random)
+        return [*main, *pairs, *copies, *noise, *(Bag(field, self.longest_bag) for field in multi)]
 
-    name: str
-    cardinality: int
-    effect: npt.NDArray[np.float64] | None = None
-    merges: str | None = None
+    def _main_effects(
+        self, prefix: str, count: int, values: float, random: np.random.Generator
+    ) -> list[Field]:
+        """Fields of which a row has `values` values on average, whose effects add up."""
+        # A sum of independent effects of mean 0 has their variance times the mean number.
+        strengths = self._strengths(count) / np.sqrt(values)
+        return [
+            Field.draw(name, cardinality, strength, random)
+            for name, cardinality, strength in zip(
+                _names(prefix, count),
+                planted.spread(self.cardinalities, count, random),
+                strengths,
+                strict=True,
+            )
+        ]
 
-    @staticmethod
-    def draw(name: str, cardinality: int, strength: float, random: np.random.Generator) -> _Field:
-        effect = random.standard_normal(cardinality)
-        share = _zipf_probabilities(cardinality)
-        effect -= share @ effect
-        return _Field(name, cardinality, strength * effect / np.sqrt(share @ effect**2))
+    def _without_effect(self, prefix: str, count: int, random: np.random.Generator) -> list[Field]:
+        cardinalities = self.noise_cardinalities or self.cardinalities
+        spread = planted.spread(cardinalities, count, random)
+        return [
+            Field(name, cardinality)
+            for name, cardinality in zip(_names(prefix, count), spread, strict=True)
+        ]
 
-    @staticmethod
-    def signs(name: str, cardinality: int, random: np.random.Generator) -> _Field:
-        """+1 and -1 by turns along uniformly drawn values, so that the mean sign is 0."""
-        cardinality += cardinality % 2
-        return _Field(name, cardinality, random.permutation(np.resize([1.0, -1.0], cardinality)))
+    def _strengths(self, count: int) -> Floats:
+        return np.geomspace(self.strongest, self.weakest, count)
 
-    def merged(self, name: str) -> _Field:
-        cardinality = -(-self.cardinality // _MERGED_VALUES)
-        return _Field(name, cardinality, merges=self.name)
+    def _columns(self, split: Split, group: RowGroup) -> dict[str, Any]:
+        """The features and the label of a row group, as NumPy arrays and, of bags, Arrow lists."""
+        rows = group.rows
+        random, bags_random = (
+            np.random.default_rng((self.seed, stream, split == "test", group.index))
+            for stream in (1, 3)
+        )
+        columns: dict[str, Any] = {}
+        for feature in self._sparse:
+            match feature:
+                case Field():
+                    columns[feature.name] = feature.sample(random, rows)
+                case Copy():
+                    columns[feature.name] = feature.merge(columns[feature.field.name])
+                case Bag():
+                    columns[feature.name] = feature.sample(bags_random, rows)
+        for name in self.schema.dense:
+            columns[name] = random.standard_normal(rows, dtype=np.float32)
+        effects = (effect for _, effect in self._effects(columns))
+        probabilities = 1 / (1 + np.exp(-planted.logits(effects, self.bias, rows)))
+        columns[LABEL] = (random.random(rows) < probabilities).astype(np.int8)
+        return columns
 
-    def sample(self, random: np.random.Generator, rows: int) -> npt.NDArray[np.int32]:
-        uniform = random.random(rows)
-        if self.name.startswith("pair"):
-            return (uniform * self.cardinality).astype(np.int32)
-        # Inverse of the continuous density 1/x on [1, cardinality + 1), cut to whole numbers.
-        values = np.exp(uniform * np.log(self.cardinality + 1)).astype(np.int32) - 1
-        return np.minimum(values, self.cardinality - 1)
+    def _effects(self, columns: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Floats]]:
+        """Features that have an effect together, and what they add to each row's logit."""
+        for name, strength in zip(
+            _names("dense", self.dense), self._strengths(self.dense), strict=True
+        ):
+            yield (name,), strength * columns[name]
+        fields = {field.name: field for field in self._sparse if not isinstance(field, Copy)}
+        for name in _names("main", self.main):
+            yield (name,), fields[name].effect_of(columns[name])
+        for left, right in self._pairs:
+            signs = fields[left].effect_of(columns[left]) * fields[right].effect_of(columns[right])
+            yield (left, right), self.pair_strength * signs
+        for name in _names("multi", self.multi_valued):
+            yield (name,), fields[name].effect_of(columns[name])
 
-    def effect_of(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
-        assert self.effect is not None
-        return self.effect[values]
+    def _test_effects(self) -> tuple[dict[tuple[str, ...], Floats], Labels]:
+        """The effects and the labels of the test split."""
+        effects: defaultdict[tuple[str, ...], Floats]
+        effects = defaultdict(lambda: np.empty(self.test_rows))
+        labels = np.empty(self.test_rows, np.int8)
+        for group in self.source("test").row_groups:
+            place = slice(group.first_row, group.first_row + group.rows)
+            columns = self._columns("test", group)
+            labels[place] = columns[LABEL]
+            for names, effect in self._effects(columns):
+                effects[names][place] = effect
+        return effects, labels
 
 
 class _SyntheticSource(Source):
@@ -217,25 +262,8 @@ class _SyntheticSource(Source):
         return self._groups
 
     def read(self, group: RowGroup) -> pa.Table:
-        return self._dataset.generate(group.rows, (self._split == "test", group.index))
+        return self._dataset.generate(self._split, group)
 
 
 def _names(prefix: str, count: int) -> list[str]:
     return [f"{prefix}_{i}" for i in range(count)]
-
-
-def _strengths(strongest: float, weakest: float, count: int) -> npt.NDArray[np.float64]:
-    return np.geomspace(strongest, weakest, count)
-
-
-def _spread(cardinalities: tuple[int, int], count: int, random: np.random.Generator) -> list[int]:
-    """Cardinalities between the two, geometrically spaced, in random order."""
-    low, high = cardinalities
-    spaced = np.geomspace(low, high, count).round().astype(int)
-    return [int(cardinality) for cardinality in random.permutation(spaced)]
-
-
-def _zipf_probabilities(cardinality: int) -> npt.NDArray[np.float64]:
-    """Probabilities of the values that `_Field.sample` draws."""
-    edges = np.log(np.arange(1, cardinality + 2))
-    return np.diff(edges) / edges[-1]
