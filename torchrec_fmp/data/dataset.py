@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.schema import Schema
 
 Split = Literal["train", "test"]
@@ -48,6 +51,26 @@ class Source(abc.ABC):
         Raises:
             DataError: if the rows cannot be read; names file, row and column.
         """
+
+    def row_numbers(self, group: RowGroup) -> npt.NDArray[np.int64]:
+        """For each of the group's rows its row in the file, for messages."""
+        return np.arange(group.first_row, group.first_row + group.rows)
+
+    def read_whole(self, group: RowGroup) -> pa.Table:
+        """The group's rows as `read` gives them, checked to be as many as were announced.
+
+        Raises:
+            DataError: if they are not, or cannot be read.
+        """
+        table = self.read(group)
+        if table.num_rows != group.rows:
+            raise DataError(
+                f"{table.num_rows} rows were read where {group.rows} were announced",
+                file=group.file,
+                row=group.first_row,
+                remedy="Do not change files that are being read.",
+            )
+        return table
 
 
 @dataclass(frozen=True)

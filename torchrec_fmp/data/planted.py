@@ -116,7 +116,8 @@ class Bag:
         """(rows,) what each bag adds to the logit."""
         rows = np.repeat(np.arange(len(bags)), bags.value_lengths().to_numpy())
         effect = np.zeros(len(bags))
-        np.add.at(effect, rows, self.field.effect_of(bags.flatten().to_numpy()))
+        of_values = self.field.effect_of(bags.flatten().to_numpy())
+        effect += np.bincount(rows, of_values, minlength=len(bags))
         return effect
 
 

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from torchrec.datasets.utils import Batch
 
 from torchrec_fmp.data.batch import Rows, make_batch
-from torchrec_fmp.data.columns import BadInput, RowNumbers, decode
+from torchrec_fmp.data.columns import BadInput, decode
 from torchrec_fmp.data.dataset import Source
 from torchrec_fmp.data.division import Segment, divide, quotas
 from torchrec_fmp.data.errors import DataError
@@ -184,25 +184,18 @@ class Reader:
     def _load(self, stretch: _Stretch) -> Rows:
         segment = stretch.segment
         group = self._groups[segment.group]
-        table = self._source.read(group)
-        if table.num_rows != group.rows:
-            raise DataError(
-                f"{table.num_rows} rows were read where {group.rows} were announced",
-                file=group.file,
-                row=group.first_row,
-                remedy="Do not change files that are being read.",
-            )
-        row_numbers: RowNumbers
+        table = self._source.read_whole(group)
+        row_numbers = self._source.row_numbers(group)
         if self._shuffle:
             generator = np.random.default_rng([self._seed, segment.group, segment.start])
             places = segment.start + generator.permutation(segment.rows)
             places = places[stretch.start : stretch.stop]
             table = pc.take(table, places, boundscheck=False)
-            row_numbers = group.first_row + places
+            row_numbers = row_numbers[places]
         else:
             start, stop = segment.start + stretch.start, segment.start + stretch.stop
             table = table.slice(start, stop - start)
-            row_numbers = range(group.first_row + start, group.first_row + stop)
+            row_numbers = row_numbers[start:stop]
         return decode(
             table,
             self._schema,
