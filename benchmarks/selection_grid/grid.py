@@ -1,0 +1,144 @@
+"""Runs cells, one process each, and gathers their rows. Finished cells are not run again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+import traceback
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from .cell import FULL, Cell, Row, run_cell
+
+# What takes seconds to import, done once: each cell is a fork of a process that has it.
+_PRELOADED = ["torchrec_fmp.pipeline", "torchrec_fmp.config"]
+_ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+
+
+def cells_of(
+    data: str,
+    prepared: Path,
+    config: Mapping[str, Any],
+    backbone: str,
+    scorers: Mapping[str, Mapping[str, Any]],
+    seeds: Iterable[int],
+    fractions: Sequence[float],
+) -> list[Cell]:
+    """The full model and every scorer, one seed after the other, so that few seeds pair already."""
+    cells = []
+    for seed in seeds:
+        cells.append(Cell(data, prepared, backbone, FULL, seed, (), config))
+        for name, scorer in scorers.items():
+            section = {**config, "scorer": scorer}
+            cells.append(Cell(data, prepared, backbone, name, seed, tuple(fractions), section))
+    return cells
+
+
+def run(
+    cells: Sequence[Cell], out: Path, jobs: int, say: Callable[[str], None] = print
+) -> dict[str, str]:
+    """Runs the cells that are not finished, and writes `selection.parquet` of all there are.
+
+    Args:
+        cells: to run.
+        out: gets rows/<cell>.json as soon as a cell is done, and rows/<cell>.error if it fails.
+        jobs: cells at the same time.
+        say: gets a line a cell.
+
+    Returns:
+        Name -> traceback of the cells that failed.
+    """
+    rows = out / "rows"
+    rows.mkdir(parents=True, exist_ok=True)
+    todo = [cell for cell in cells if not _finished(cell, rows)]
+    say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    commit = _commit()
+    failed = {}
+
+    def work(cell: Cell) -> tuple[Cell, str | None]:
+        return cell, _run_apart(context, cell, rows, jobs, commit)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for count, (cell, error) in enumerate(pool.map(work, todo), start=1):
+            if error is not None:
+                failed[cell.name] = error
+            say(f"{count} of {len(todo)} {cell.name} {'failed' if error else 'done'}")
+    merge(out)
+    return failed
+
+
+def merge(out: Path) -> None:
+    """Writes all rows there are into `selection.parquet`."""
+    rows = [row for path in sorted((out / "rows").glob("*.json")) for row in _read(path)]
+    hints = typing.get_type_hints(Row)
+    schema = pa.schema([(f.name, _ARROW[_plain(hints[f.name])]) for f in fields(Row)])
+    partial = out / "selection.parquet.partial"
+    pq.write_table(pa.Table.from_pylist(rows, schema), partial)
+    os.replace(partial, out / "selection.parquet")
+
+
+def _plain(hint: Any) -> type:
+    """The type of a field that may be None."""
+    return typing.get_args(hint)[0] if typing.get_args(hint) else hint
+
+
+def _finished(cell: Cell, rows: Path) -> bool:
+    path = rows / f"{cell.name}.json"
+    return path.exists() and all(row["config_digest"] == cell.digest for row in _read(path))
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())
+
+
+def _run_apart(
+    context: ForkServerContext, cell: Cell, rows: Path, jobs: int, commit: str
+) -> str | None:
+    """Runs a cell in a process of its own; the traceback if it fails."""
+    error = rows / f"{cell.name}.error"
+    error.unlink(missing_ok=True)
+    process = context.Process(target=_run_here, args=(cell, rows, jobs, commit), name=cell.name)
+    process.start()
+    process.join()
+    if process.exitcode == 0:
+        return None
+    if not error.exists():
+        error.write_text(f"the process ended with {process.exitcode} and said nothing\n")
+    return error.read_text()
+
+
+def _run_here(cell: Cell, rows: Path, jobs: int, commit: str) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    try:
+        content = json.dumps([asdict(row) for row in run_cell(cell, jobs, commit)], indent=1)
+        partial = rows / f"{cell.name}.partial"
+        partial.write_text(content)
+        os.replace(partial, rows / f"{cell.name}.json")
+    except BaseException:
+        (rows / f"{cell.name}.error").write_text(traceback.format_exc())
+        sys.exit(1)
+
+
+def _commit() -> str:
+    """The code's commit, with `-dirty` behind it if it was changed since."""
+    command = ["git", "describe", "--always", "--dirty"]
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"

@@ -1,0 +1,255 @@
+"""The comparison as Markdown, of the rows that the grid has measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from .cell import FULL, STRONG
+from .statistics import Estimate, area, jaccard, paired, spearman
+
+_Row = Mapping[str, Any]
+_INTRODUCTION = f"""\
+# Feature selectors compared
+
+Each scorer ranks the features on the same rows of pretraining, the best of them are kept, the
+model is pruned and trained on. Test split; every difference is paired by seed and given as mean
+± half of its 95% confidence interval (Student's t), with the standard deviation in parentheses;
+bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
+of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
+Bytes and wall times are relative to full: selection is pretraining and scoring, total adds the
+prune and the training after it; selection rows are the share of all rows trained on. Spearman and
+Jaccard: mean over pairs of seeds, of scores and of kept features. Planted signals count if the
+true logit's AUC falls by more than {STRONG:g} without them.
+"""
+
+
+class _Group:
+    """The rows of one data set and backbone."""
+
+    def __init__(self, rows: Iterable[_Row]) -> None:
+        self._rows: dict[tuple[str, float], dict[int, _Row]] = {}
+        for row in rows:
+            self._rows.setdefault((row["scorer"], row["fraction"]), {})[row["seed"]] = row
+        self.full = self._rows.get((FULL, 1.0), {})
+        self.scorers = [*dict.fromkeys(name for name, _ in self._rows if name != FULL)]
+        self.fractions = sorted({k for name, k in self._rows if name != FULL}, reverse=True)
+        self.has_truth = any(
+            row["noise_dropped"] is not None
+            for rows in self._rows.values()
+            for row in rows.values()
+        )
+
+    def rows(self, scorer: str, fraction: float) -> Mapping[int, _Row]:
+        """Seed -> row."""
+        return self._rows.get((scorer, fraction), {})
+
+    def values(self, scorer: str, fraction: float, figure: str) -> dict[int, float]:
+        """Seed -> figure."""
+        rows = self.rows(scorer, fraction)
+        return {seed: row[figure] for seed, row in rows.items() if row[figure] is not None}
+
+    def to_full(self, scorer: str, fraction: float, figure: str) -> Estimate:
+        full = {seed: row[figure] for seed, row in self.full.items()}
+        return paired(self.values(scorer, fraction, figure), full)
+
+    def ratio(self, scorer: str, fraction: float, cost: Callable[[_Row], float]) -> float:
+        """Mean over seeds of a cost relative to the full model's."""
+        rows = self.rows(scorer, fraction)
+        return _mean(
+            cost(rows[seed]) / total_seconds(self.full[seed]) for seed in rows if seed in self.full
+        )
+
+    def area(self, scorer: str) -> Estimate:
+        """Over the seeds that have every fraction."""
+        by_fraction = {k: self.values(scorer, k, "auc") for k in self.fractions}
+        seeds = [s for s in self.full if all(s in values for values in by_fraction.values())]
+        return Estimate.of(
+            [
+                area({k: by_fraction[k][s] - self.full[s]["auc"] for k in self.fractions})
+                for s in seeds
+            ]
+        )
+
+
+def total_seconds(row: _Row) -> float:
+    """Wall time of all phases, without evaluations."""
+    return row["selection_seconds"] + row["prune_seconds"] + row["continue_seconds"]
+
+
+def report(rows: Sequence[_Row]) -> str:
+    """The whole text.
+
+    Raises:
+        ValueError: if a scorer was run with different settings on the same data and backbone.
+    """
+    _check_settings(rows)
+    grouped: dict[tuple[str, str], list[_Row]] = {}
+    for row in rows:
+        grouped.setdefault((row["data"], row["backbone"]), []).append(row)
+    sections = [_INTRODUCTION, _origin(rows)]
+    for (data, backbone), members in grouped.items():
+        group = _Group(members)
+        sections += [f"## {data}, {backbone}\n", *_sections(group)]
+    return "\n".join(sections)
+
+
+def _check_settings(rows: Sequence[_Row]) -> None:
+    digests: dict[tuple[str, str, str], str] = {}
+    for row in rows:
+        where = (row["data"], row["backbone"], row["scorer"])
+        if digests.setdefault(where, row["config_digest"]) != row["config_digest"]:
+            raise ValueError(
+                f"{'-'.join(where)} was run with different settings, which cannot be compared: "
+                "run the grid again with all its seeds, or remove the older files of rows/"
+            )
+
+
+def _origin(rows: Sequence[_Row]) -> str:
+    """What the rows were measured with."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    machines = {
+        f"{row['device']}, {row['threads']} threads a cell, {row['jobs']} cells at a time"
+        for row in rows
+    }
+    return f"{len(rows)} rows, of commit {commits}; {'; '.join(sorted(machines))}.\n"
+
+
+def _sections(group: _Group) -> Iterator[str]:
+    yield _full_line(group)
+    if not group.scorers:
+        return
+    yield _overview(group)
+    for fraction in group.fractions:
+        yield f"### {fraction:.0%} kept\n"
+        yield _against_full(group, fraction)
+        if len(group.scorers) > 1:
+            yield "AUC difference, scorer of the row minus scorer of the column:\n"
+            yield _against_each_other(group, fraction)
+
+
+def _full_line(group: _Group) -> str:
+    rows = group.full.values()
+    auc, logloss, ne = (
+        Estimate.of([row[name] for row in rows]) for name in ("auc", "logloss", "ne")
+    )
+    bytes_before = _mean(row["table_bytes_before"] for row in rows)
+    return (
+        f"Full: AUC {auc.mean:.4f} (sd {auc.deviation:.4f}), logloss {logloss.mean:.4f}, NE "
+        f"{ne.mean:.4f}, {_mean(map(total_seconds, rows)):.1f} s, {bytes_before:,.0f} bytes of "
+        f"tables, {auc.count} seeds.\n"
+    )
+
+
+def _overview(group: _Group) -> str:
+    """All fractions of a scorer in one line, the largest area first."""
+    header = ["scorer", "area over kept", "Spearman"]
+    header += [f"Jaccard {k:.0%}" for k in group.fractions]
+    if group.has_truth:
+        header += [
+            f"{what} {k:.0%}"
+            for k in group.fractions
+            for what in ("signals kept", "of kept, signals", "noise dropped")
+        ]
+    areas = {scorer: group.area(scorer) for scorer in group.scorers}
+    lines = []
+    for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(areas[name].mean)):
+        cells = [scorer, _difference(areas[scorer]), f"{_spearman(group, scorer):.2f}"]
+        cells += [f"{_jaccard(group, scorer, k):.2f}" for k in group.fractions]
+        if group.has_truth:
+            cells += [
+                f"{_mean(group.values(scorer, k, figure).values()):.2f}"
+                for k in group.fractions
+                for figure in ("signal_recall", "signal_precision", "noise_dropped")
+            ]
+        lines.append(cells)
+    return _table(header, lines)
+
+
+def _spearman(group: _Group, scorer: str) -> float:
+    # All fractions share the scores.
+    by_seed = group.rows(scorer, group.fractions[0]).values()
+    scores = [json.loads(row["scores"]) for row in by_seed]
+    return _mean(spearman(a, b) for a, b in itertools.combinations(scores, 2))
+
+
+def _jaccard(group: _Group, scorer: str, fraction: float) -> float:
+    kept = [json.loads(row["kept"]) for row in group.rows(scorer, fraction).values()]
+    return _mean(jaccard(a, b) for a, b in itertools.combinations(kept, 2))
+
+
+def _against_full(group: _Group, fraction: float) -> str:
+    header = [
+        *("scorer", "seeds", "features", "AUC", "AUC difference", "logloss difference"),
+        *("NE difference", "AUC before going on", "table bytes", "selection time"),
+        *("total time", "selection rows", "parity"),
+    ]
+    differences = {name: group.to_full(name, fraction, "auc") for name in group.scorers}
+    lines = []
+    for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(differences[name].mean)):
+        rows = group.rows(scorer, fraction).values()
+        if not rows:
+            continue
+        samples = ("selection_samples", "continue_samples")
+        lines.append(
+            [
+                scorer,
+                str(len(rows)),
+                f"{_mean(row['features_kept'] for row in rows):.0f}",
+                f"{_mean(row['auc'] for row in rows):.4f}",
+                _difference(differences[scorer]),
+                _difference(group.to_full(scorer, fraction, "logloss")),
+                _difference(group.to_full(scorer, fraction, "ne")),
+                f"{_mean(row['pruned_auc'] for row in rows):.4f}",
+                f"{_mean(r['table_bytes_after'] / r['table_bytes_before'] for r in rows):.2f}",
+                f"{group.ratio(scorer, fraction, lambda row: row['selection_seconds']):.2f}",
+                f"{group.ratio(scorer, fraction, total_seconds):.2f}",
+                f"{_mean(row[samples[0]] / sum(row[s] for s in samples) for row in rows):.2f}",
+                f"{max(row['parity_max_abs'] for row in rows):.0e}",
+            ]
+        )
+    return _table(header, lines)
+
+
+def _against_each_other(group: _Group, fraction: float) -> str:
+    values = {name: group.values(name, fraction, "auc") for name in group.scorers}
+    lines = [
+        [
+            row,
+            *(
+                "" if row == column else _difference(paired(values[row], values[column]))
+                for column in group.scorers
+            ),
+        ]
+        for row in group.scorers
+    ]
+    return _table(["", *group.scorers], lines)
+
+
+def _difference(estimate: Estimate) -> str:
+    if not estimate.count:
+        return "-"
+    if estimate.count == 1:
+        return f"{estimate.mean:+.4f}"
+    text = f"{estimate.mean:+.4f} ± {estimate.half_width:.4f} ({estimate.deviation:.4f})"
+    return f"**{text}**" if estimate.is_clear else text
+
+
+def _last_if_nan(value: float) -> float:
+    """A key that sorts the largest first."""
+    return math.inf if math.isnan(value) else -value
+
+
+def _mean(values: Iterable[float]) -> float:
+    """NaN without values; values that are NaN are left out."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rule = ["---"] * len(header)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *lines))

@@ -1,0 +1,116 @@
+"""`ScoredOnce`: the scorer that lets runs at several kept fractions share one scoring."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchrec_fmp.job import Job
+from torchrec_fmp.pretraining import Pretraining
+from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.reshard.tables import tables
+from torchrec_fmp.scores.feature_scores import FeatureScores
+from torchrec_fmp.scores.scorer import Scorer
+from torchrec_fmp.train import Progress
+
+
+class ScoredOnce(Scorer):
+    """Scores the first job that it is given, and brings every later one to where that one was left.
+
+    A job of the same config and seed that is brought there prunes and goes on, bit for bit, as if
+    it had been scored itself. For one rank.
+
+    Args:
+        scorer: scores the first job.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
+        self._result: tuple[FeatureScores, _State] | None = None
+        self.seconds = 0.0
+        """Wall time of the scoring, pretraining included."""
+        self.trained_rows = 0
+        """Rows that were trained on for it."""
+        self.forward_rows = 0
+        """Rows that went through the model for it, in training or not."""
+
+    def score(self, pretraining: Pretraining) -> FeatureScores:
+        if self._result is None:
+            self._result = self._score(pretraining), _State.of(pretraining)
+        else:
+            self._result[1].give(pretraining)
+        return self._result[0]
+
+    def _score(self, pretraining: Pretraining) -> FeatureScores:
+        def count(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.forward_rows += len(arguments[0].labels)
+
+        counter = pretraining.job.model.register_forward_pre_hook(count)
+        start = time.perf_counter()
+        scores = self._scorer.score(pretraining)
+        self.seconds = time.perf_counter() - start
+        counter.remove()
+        self.trained_rows = pretraining.trained_rows
+        return scores
+
+
+@dataclass(frozen=True)
+class _State:
+    """Copies of all that a scoring changes.
+
+    Args:
+        tensors: weights, buffers, and the states of the tables' optimizer.
+        optimizer: the dense optimizer's state dict.
+        random: of torch's CPU generator.
+        trained_rows: of pretraining.
+        progress: of pretraining.
+    """
+
+    tensors: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    random: Tensor
+    trained_rows: int
+    progress: list[Progress]
+
+    @staticmethod
+    def of(pretraining: Pretraining) -> _State:
+        job = pretraining.job
+        return _State(
+            {name: tensor.clone() for name, tensor in _tensors(job, pretraining.ranks)},
+            copy.deepcopy(job.optimizer.state_dict()),
+            torch.get_rng_state(),
+            pretraining.trained_rows,
+            list(pretraining.progress),
+        )
+
+    def give(self, pretraining: Pretraining) -> None:
+        """Brings another job of the same kind into this state."""
+        for name, tensor in _tensors(pretraining.job, pretraining.ranks):
+            tensor.copy_(self.tensors[name])
+        # Loading refers to tensors where it can, which the next job must not share.
+        pretraining.job.optimizer.load_state_dict(copy.deepcopy(self.optimizer))
+        torch.set_rng_state(self.random)
+        pretraining.trained_rows = self.trained_rows
+        pretraining.progress = list(self.progress)
+
+
+def shards_of(job: Job, ranks: Ranks) -> Iterator[LocalShard]:
+    """This rank's shards of the job's tables. Collective."""
+    yield from tables(job.model, ranks.group, timedelta(minutes=1))
+
+
+def _tensors(job: Job, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in job.model.named_parameters():
+        yield name, parameter.detach()
+    yield from job.model.named_buffers()
+    for shard in shards_of(job, ranks):
+        for name, tensor in shard.tensors.items():
+            yield f"{shard.table}/{shard.box}/{name}", tensor

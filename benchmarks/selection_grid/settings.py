@@ -1,0 +1,128 @@
+"""Names and settings of data sets, backbones and scorers, all in this one place.
+
+They are sections of a run's YAML, so that a cell runs what `torchrec-fmp run` would.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FRACTIONS = (0.75, 0.5, 0.25)
+
+# Raw files that `prepare` reads, each with string fields, a `label`, and `is_test`.
+REAL = ("flights13", "diabetes130", "census_kdd")
+
+PRETRAIN: dict[str, Any] = {"fraction": 0.15, "batch_size": 128}
+
+# With which the full model is at its best; continuing uses the same.
+TRAIN: dict[str, dict[str, Any]] = {
+    "flights13": {"batch_size": 512},
+    "diabetes130": {"batch_size": 256},
+    "census_kdd": {
+        "batch_size": 256,
+        "learning_rate": 2e-3,
+        "embedding_learning_rate": 5e-2,
+    },
+}
+TRAIN_ELSE: dict[str, Any] = {"batch_size": 512}
+
+# Arguments of SyntheticDataset. About one label in ten is positive; noise reaches from two values
+# to more than there are rows; a fifth of the signals is multi-valued or dense.
+PLANTED: dict[str, dict[str, Any]] = {
+    "planted28": {
+        "rows": 200_000,
+        "test_rows": 100_000,
+        "main": 7,
+        "pairs": 2,
+        "copies": 3,
+        "noise": 7,
+        "dense": 2,
+        "dense_noise": 2,
+        "multi_valued": 2,
+        "multi_valued_noise": 1,
+        "bias": -3.5,
+        "noise_cardinalities": (2, 1_000_000),
+    },
+    "planted100": {
+        "rows": 200_000,
+        "test_rows": 100_000,
+        "main": 20,
+        "pairs": 4,
+        "copies": 8,
+        "noise": 50,
+        "dense": 4,
+        "dense_noise": 4,
+        "multi_valued": 3,
+        "multi_valued_noise": 3,
+        "strongest": 0.6,
+        "weakest": 0.1,
+        "bias": -3.5,
+        "noise_cardinalities": (2, 1_000_000),
+    },
+    "planted400": {
+        "rows": 200_000,
+        "test_rows": 100_000,
+        "main": 40,
+        "pairs": 10,
+        "copies": 20,
+        "noise": 290,
+        "dense": 8,
+        "dense_noise": 8,
+        "multi_valued": 6,
+        "multi_valued_noise": 8,
+        "strongest": 0.5,
+        "weakest": 0.05,
+        "bias": -3.5,
+        # Ten times as many would be 1.4 GB of tables.
+        "noise_cardinalities": (2, 100_000),
+    },
+}
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "dlrm": {
+        "class_path": "DlrmBackbone",
+        "init_args": {"embedding_dim": 16, "dense_arch": [64], "over_arch": [128, 64]},
+    },
+    "deepfm": {"class_path": "DeepFmBackbone", "init_args": {"embedding_dim": 16}},
+    "mlp": {"class_path": "MlpBackbone", "init_args": {"embedding_dim": 16}},
+}
+
+SCORERS: dict[str, dict[str, Any]] = {
+    "hard_concrete": {
+        "class_path": "HardConcreteScorer",
+        "init_args": {"penalty": {"class_path": "L0Penalty", "init_args": {"weight": 1e-3}}},
+    },
+    "sfs": {"class_path": "SfsScorer"},
+    "taylor": {"class_path": "TaylorScorer"},
+    "permutation": {"class_path": "PermutationScorer"},
+    "autofield": {"class_path": "AutoFieldScorer"},
+    "adafs": {"class_path": "AdaFsScorer"},
+    "optfs": {"class_path": "OptFsScorer"},
+    "lpfs": {"class_path": "LpfsScorer"},
+    "shuffle_gate": {"class_path": "ShuffleGateScorer"},
+    "concrete_dropout": {"class_path": "ConcreteDropoutScorer"},
+    "gradient_boosted_trees": {"class_path": "GradientBoostedTreesScorer"},
+    "random_forest": {"class_path": "RandomForestScorer"},
+    "lasso": {"class_path": "LassoScorer"},
+    "mutual_information": {"class_path": "MutualInformationScorer"},
+    "cardinality": {"class_path": "CardinalityScorer"},
+    "random": {"class_path": "RandomScorer"},
+}
+
+
+def shared_config(data: str, backbone: dict[str, Any]) -> dict[str, Any]:
+    """The sections that all cells of a data set and backbone share, without `data` and `seed`.
+
+    configs/<data>.yaml, or the demo's for planted data, with the settings above on top.
+    """
+    file = CONFIGS / f"{'demo' if data in PLANTED else data}.yaml"
+    base = yaml.safe_load(file.read_text()) if file.exists() else {}
+    config = {name: base[name] for name in base if name not in ("data", "scorer", "reference")}
+    config["model"] = backbone
+    config["pretrain"] = {**config.get("pretrain", {}), **PRETRAIN}
+    config["train"] = {**config.get("train", {}), **TRAIN.get(data, TRAIN_ELSE)}
+    return config
