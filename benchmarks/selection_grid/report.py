@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .cell import FULL, STRONG
-from .statistics import Estimate, area, jaccard, paired, spearman
+from .figures import Estimate, area, jaccard, paired, spearman
 
 _Row = Mapping[str, Any]
 _INTRODUCTION = f"""\

@@ -76,7 +76,7 @@ PLANTED: dict[str, dict[str, Any]] = {
         "multi_valued_noise": 8,
         "strongest": 0.5,
         "weakest": 0.05,
-        "bias": -3.5,
+        "bias": -4.0,
         # Ten times as many would be 1.4 GB of tables.
         "noise_cardinalities": (2, 100_000),
     },

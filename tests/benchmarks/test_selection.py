@@ -14,8 +14,8 @@ import pytest
 from benchmarks.selection_grid import grid, settings
 from benchmarks.selection_grid.cell import FULL, Cell
 from benchmarks.selection_grid.data import planted, prepare_planted, prepare_real
+from benchmarks.selection_grid.figures import Estimate, area, jaccard, paired, spearman
 from benchmarks.selection_grid.report import report
-from benchmarks.selection_grid.statistics import Estimate, area, jaccard, paired, spearman
 from tests.tiny_run import TINY
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
