@@ -78,7 +78,8 @@ def run_grid(arguments: argparse.Namespace) -> int:
         return 0
     failed = grid.run(cells, arguments.results, arguments.jobs)
     for name, error in failed.items():
-        sys.stderr.write(f"\n{name} failed:\n{error}")
+        file = arguments.results / "rows" / f"{name}.error"
+        sys.stderr.write(f"{name} failed, see {file}: {error.splitlines()[-1]}\n")
     return int(bool(failed))
 
 

@@ -60,7 +60,7 @@ def run(
         say: gets a line a cell.
 
     Returns:
-        Name -> traceback of the cells that failed.
+        Name -> traceback of the cells that failed; the others have run.
     """
     rows = out / "rows"
     rows.mkdir(parents=True, exist_ok=True)
@@ -75,10 +75,14 @@ def run(
         return cell, _run_apart(context, cell, rows, jobs, commit)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for count, (cell, error) in enumerate(pool.map(work, todo), start=1):
-            if error is not None:
-                failed[cell.name] = error
-            say(f"{count} of {len(todo)} {cell.name} {'failed' if error else 'done'}")
+        try:
+            for count, (cell, error) in enumerate(pool.map(work, todo), start=1):
+                if error is not None:
+                    failed[cell.name] = error
+                say(f"{count} of {len(todo)} {cell.name} {'failed' if error else 'done'}")
+        finally:
+            # Interrupted, it would otherwise go on with the cells that are waiting.
+            pool.shutdown(cancel_futures=True)
     merge(out)
     return failed
 

@@ -7,12 +7,14 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from .cell import FULL, STRONG
 from .figures import Estimate, area, jaccard, paired, spearman
 
 _Row = Mapping[str, Any]
+_Cost = Callable[[_Row], float]
 _INTRODUCTION = f"""\
 # Feature selectors compared
 
@@ -22,9 +24,10 @@ model is pruned and trained on. Test split; every difference is paired by seed a
 bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
 of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
 Bytes and wall times are relative to full: selection is pretraining and scoring, total adds the
-prune and the training after it; selection rows are the share of all rows trained on. Spearman and
-Jaccard: mean over pairs of seeds, of scores and of kept features. Planted signals count if the
-true logit's AUC falls by more than {STRONG:g} without them.
+prune and the training after it. So are rows: those trained on until the features were scored, and
+those that went through the model for it, in training or not. Spearman and Jaccard: mean over pairs
+of seeds, of scores and of kept features. Planted signals count if the true logit's AUC falls by
+more than {STRONG:g} without them; redundant copies count neither way.
 """
 
 
@@ -57,12 +60,17 @@ class _Group:
         full = {seed: row[figure] for seed, row in self.full.items()}
         return paired(self.values(scorer, fraction, figure), full)
 
-    def ratio(self, scorer: str, fraction: float, cost: Callable[[_Row], float]) -> float:
-        """Mean over seeds of a cost relative to the full model's."""
+    def ratio(
+        self,
+        scorer: str,
+        fraction: float,
+        cost: Callable[[_Row], float],
+        of: Callable[[_Row], float],
+    ) -> str:
+        """Mean over seeds of a cost, relative to a cost of the full model."""
         rows = self.rows(scorer, fraction)
-        return _mean(
-            cost(rows[seed]) / total_seconds(self.full[seed]) for seed in rows if seed in self.full
-        )
+        pairs = [(row, self.full[seed]) for seed, row in rows.items() if seed in self.full]
+        return _number(_mean(cost(row) / of(full) for row, full in pairs), ".2f")
 
     def area(self, scorer: str) -> Estimate:
         """Over the seeds that have every fraction."""
@@ -134,13 +142,13 @@ def _sections(group: _Group) -> Iterator[str]:
 
 def _full_line(group: _Group) -> str:
     rows = group.full.values()
-    auc, logloss, ne = (
-        Estimate.of([row[name] for row in rows]) for name in ("auc", "logloss", "ne")
+    auc = Estimate.of([row["auc"] for row in rows])
+    logloss, ne, table_bytes = (
+        _mean(row[figure] for row in rows) for figure in ("logloss", "ne", "table_bytes_before")
     )
-    bytes_before = _mean(row["table_bytes_before"] for row in rows)
     return (
-        f"Full: AUC {auc.mean:.4f} (sd {auc.deviation:.4f}), logloss {logloss.mean:.4f}, NE "
-        f"{ne.mean:.4f}, {_mean(map(total_seconds, rows)):.1f} s, {bytes_before:,.0f} bytes of "
+        f"Full: AUC {auc.mean:.4f} (sd {_number(auc.deviation, '.4f')}), logloss {logloss:.4f}, "
+        f"NE {ne:.4f}, {_mean(map(total_seconds, rows)):.1f} s, {table_bytes:,.0f} bytes of "
         f"tables, {auc.count} seeds.\n"
     )
 
@@ -158,11 +166,11 @@ def _overview(group: _Group) -> str:
     areas = {scorer: group.area(scorer) for scorer in group.scorers}
     lines = []
     for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(areas[name].mean)):
-        cells = [scorer, _difference(areas[scorer]), f"{_spearman(group, scorer):.2f}"]
-        cells += [f"{_jaccard(group, scorer, k):.2f}" for k in group.fractions]
+        cells = [scorer, _difference(areas[scorer]), _number(_spearman(group, scorer), ".2f")]
+        cells += [_number(_jaccard(group, scorer, k), ".2f") for k in group.fractions]
         if group.has_truth:
             cells += [
-                f"{_mean(group.values(scorer, k, figure).values()):.2f}"
+                _number(_mean(group.values(scorer, k, figure).values()), ".2f")
                 for k in group.fractions
                 for figure in ("signal_recall", "signal_precision", "noise_dropped")
             ]
@@ -183,36 +191,39 @@ def _jaccard(group: _Group, scorer: str, fraction: float) -> float:
 
 
 def _against_full(group: _Group, fraction: float) -> str:
+    """A scorer a line, the best AUC first."""
     header = [
         *("scorer", "seeds", "features", "AUC", "AUC difference", "logloss difference"),
         *("NE difference", "AUC before going on", "table bytes", "selection time"),
-        *("total time", "selection rows", "parity"),
+        *("total time", "rows trained on", "rows forward", "parity"),
     ]
-    differences = {name: group.to_full(name, fraction, "auc") for name in group.scorers}
-    lines = []
-    for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(differences[name].mean)):
-        rows = group.rows(scorer, fraction).values()
-        if not rows:
-            continue
-        samples = ("selection_samples", "continue_samples")
-        lines.append(
-            [
-                scorer,
-                str(len(rows)),
-                f"{_mean(row['features_kept'] for row in rows):.0f}",
-                f"{_mean(row['auc'] for row in rows):.4f}",
-                _difference(differences[scorer]),
-                _difference(group.to_full(scorer, fraction, "logloss")),
-                _difference(group.to_full(scorer, fraction, "ne")),
-                f"{_mean(row['pruned_auc'] for row in rows):.4f}",
-                f"{_mean(r['table_bytes_after'] / r['table_bytes_before'] for r in rows):.2f}",
-                f"{group.ratio(scorer, fraction, lambda row: row['selection_seconds']):.2f}",
-                f"{group.ratio(scorer, fraction, total_seconds):.2f}",
-                f"{_mean(row[samples[0]] / sum(row[s] for s in samples) for row in rows):.2f}",
-                f"{max(row['parity_max_abs'] for row in rows):.0e}",
-            ]
-        )
-    return _table(header, lines)
+    present = [name for name in group.scorers if group.rows(name, fraction)]
+    differences = {name: group.to_full(name, fraction, "auc") for name in present}
+    present.sort(key=lambda name: _last_if_nan(differences[name].mean))
+    return _table(header, (_against_full_line(group, name, fraction) for name in present))
+
+
+def _against_full_line(group: _Group, scorer: str, fraction: float) -> list[str]:
+    rows = group.rows(scorer, fraction).values()
+    differences = (group.to_full(scorer, fraction, name) for name in ("auc", "logloss", "ne"))
+    full_rows = itemgetter("continue_samples")
+    costs: list[tuple[_Cost, _Cost]] = [
+        (itemgetter("selection_seconds"), total_seconds),
+        (total_seconds, total_seconds),
+        (itemgetter("selection_samples"), full_rows),
+        (itemgetter("selection_forwards"), full_rows),
+    ]
+    return [
+        scorer,
+        str(len(rows)),
+        f"{_mean(row['features_kept'] for row in rows):.0f}",
+        f"{_mean(row['auc'] for row in rows):.4f}",
+        *map(_difference, differences),
+        f"{_mean(row['pruned_auc'] for row in rows):.4f}",
+        f"{_mean(row['table_bytes_after'] / row['table_bytes_before'] for row in rows):.2f}",
+        *(group.ratio(scorer, fraction, cost, of) for cost, of in costs),
+        f"{max(row['parity_max_abs'] for row in rows):.0e}",
+    ]
 
 
 def _against_each_other(group: _Group, fraction: float) -> str:
@@ -237,6 +248,10 @@ def _difference(estimate: Estimate) -> str:
         return f"{estimate.mean:+.4f}"
     text = f"{estimate.mean:+.4f} ± {estimate.half_width:.4f} ({estimate.deviation:.4f})"
     return f"**{text}**" if estimate.is_clear else text
+
+
+def _number(value: float, style: str) -> str:
+    return "-" if math.isnan(value) else format(value, style)
 
 
 def _last_if_nan(value: float) -> float:

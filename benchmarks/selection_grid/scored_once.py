@@ -67,7 +67,7 @@ class _State:
     """Copies of all that a scoring changes.
 
     Args:
-        tensors: weights, buffers, and the states of the tables' optimizer.
+        tensors: weights, persistent buffers, and the states of the tables' optimizer.
         optimizer: the dense optimizer's state dict.
         random: of torch's CPU generator.
         trained_rows: of pretraining.
@@ -110,7 +110,9 @@ def shards_of(job: Job, ranks: Ranks) -> Iterator[LocalShard]:
 def _tensors(job: Job, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in job.model.named_parameters():
         yield name, parameter.detach()
-    yield from job.model.named_buffers()
+    # Other buffers, such as those of TorchRec's regrouping, are filled by the first forward.
+    kept = job.model.state_dict()
+    yield from ((name, buffer) for name, buffer in job.model.named_buffers() if name in kept)
     for shard in shards_of(job, ranks):
         for name, tensor in shard.tensors.items():
             yield f"{shard.table}/{shard.box}/{name}", tensor

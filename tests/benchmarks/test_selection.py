@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -115,10 +116,10 @@ def test_a_cell_is_stale_if_its_settings_have_changed(tiny_grid: tuple[Path, lis
 def test_a_slice_of_real_data_goes_through_every_phase(tmp_path: Path) -> None:
     cells = []
     for name in settings.REAL:
-        # The last rows, among which are those of the test split.
-        table = pq.read_table(DATA / f"{name}.parquet")
         raw = tmp_path / f"{name}.parquet"
-        pq.write_table(table.slice(table.num_rows - 50_000), raw)
+        table = pq.read_table(DATA / f"{name}.parquet").slice(0, 60_000).drop_columns(["is_test"])
+        is_test = pa.array([row >= 54_000 for row in range(60_000)]).cast(pa.int8())
+        pq.write_table(table.append_column("is_test", is_test), raw)
         config = settings.shared_config(name, settings.BACKBONES["dlrm"])
         scorers = {"gates": settings.SCORERS["hard_concrete"]}
         prepared = prepare_real(raw, tmp_path / "data")
@@ -183,7 +184,8 @@ def row_of(scorer: str, seed: int, fraction: float, auc: float, **figures: Any) 
         **{"data": "clicks", "backbone": "dlrm", "scorer": scorer, "seed": seed},
         **{"fraction": fraction, "auc": auc, "logloss": 0.5, "ne": 0.9, "pruned_auc": 0.6},
         **{"selection_seconds": 1.0, "prune_seconds": 1.0, "continue_seconds": 3.0},
-        **{"selection_samples": 20, "continue_samples": 80, "features_kept": 2},
+        **{"selection_samples": 20, "selection_forwards": 60, "continue_samples": 80},
+        **{"features_kept": 2, "features_total": 3},
         **{"table_bytes_before": 1000, "table_bytes_after": 250, "kept": kept},
         **{"scores": '{"a": 1, "b": 2, "c": 3}', "parity_max_abs": 0.0, "noise_dropped": None},
         **{"device": "cpu", "threads": 1, "jobs": 1, "commit": "c0ffee", "config_digest": "0"},
@@ -202,7 +204,7 @@ def test_the_report_pairs_by_seed_and_relates_costs_to_the_full_model() -> None:
     # Half of the kept range, as a triangle; kept sets share one of three features.
     assert "| good | +0.0050 ± 0.0318 (0.0035) | 1.00 | 0.33 |" in text
     assert "| bad | 2 | 2 | 0.7500 | **-0.1000 ± 0.0000 (0.0000)** |" in text
-    assert "| 0.6000 | 0.25 | 0.10 | 0.50 | 0.20 | 0e+00 |" in text
+    assert "| 0.6000 | 0.25 | 0.10 | 0.50 | 0.25 | 0.75 | 0e+00 |" in text
     assert "| good |  | +0.1200 ± 0.1271 (0.0141) |" in text
 
 
