@@ -78,7 +78,8 @@ class Row:
     Args:
         auc: of the final model, as logloss and ne are; the test split.
         pruned_auc: before it went on, as pruned_logloss and pruned_ne.
-        selection_seconds: wall time of pretraining and scoring; no seconds contain evaluation.
+        selection_seconds: wall time of choosing rows, pretraining and scoring; no seconds contain
+            the evaluation.
         prune_seconds: wall time of the prune.
         continue_seconds: wall time of the training after it, or of the full model.
         selection_samples: rows that were trained on until the features were scored.
@@ -170,9 +171,14 @@ def load(cell: Cell) -> RunConfig:
 def pruned(cell: Cell, config: RunConfig, ranks: Ranks) -> Iterator[dict[str, Any]]:
     """The figures of a run at each fraction."""
     scorer = ScoredOnce(config.scorer)
+    seconds: float | None = None
     for fraction in cell.fractions:
         run = replace(config, scorer=scorer, policy=TopFraction(fraction))
-        yield _figures(fraction, Pipeline(run, ranks).run(), scorer)
+        outcome = Pipeline(run, ranks).run()
+        if seconds is None:
+            # Only the first run has scored.
+            seconds = outcome.seconds["pretrain"] - scorer.copy_seconds
+        yield {**_figures(fraction, outcome, scorer), "selection_seconds": seconds}
 
 
 def _figures(fraction: float, outcome: Outcome, scorer: ScoredOnce) -> dict[str, Any]:
@@ -182,7 +188,6 @@ def _figures(fraction: float, outcome: Outcome, scorer: ScoredOnce) -> dict[str,
         "fraction": fraction,
         **asdict(outcome.metrics["final"]),
         **before,
-        "selection_seconds": scorer.seconds,
         "prune_seconds": outcome.seconds["prune"],
         "continue_seconds": outcome.seconds["continue"],
         "selection_samples": scorer.trained_rows,

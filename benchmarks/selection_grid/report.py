@@ -23,7 +23,7 @@ model is pruned and trained on. Test split; every difference is paired by seed a
 ± half of its 95% confidence interval (Student's t), with the standard deviation in parentheses;
 bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
 of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
-Bytes and wall times are relative to full: selection is pretraining and scoring, total adds the
+Bytes and wall times are relative to full: selection is from choosing rows to scores, total adds the
 prune and the training after it. So are rows: those trained on until the features were scored, and
 those that went through the model for it, in training or not. Spearman and Jaccard: mean over pairs
 of seeds, of scores and of kept features. Planted signals count if the true logit's AUC falls by

@@ -35,8 +35,8 @@ class ScoredOnce(Scorer):
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
         self._result: tuple[FeatureScores, _State] | None = None
-        self.seconds = 0.0
-        """Wall time of the scoring, pretraining included."""
+        self.copy_seconds = 0.0
+        """Wall time of copying the state in which the first job was left."""
         self.trained_rows = 0
         """Rows that were trained on for it."""
         self.forward_rows = 0
@@ -44,7 +44,10 @@ class ScoredOnce(Scorer):
 
     def score(self, pretraining: Pretraining) -> FeatureScores:
         if self._result is None:
-            self._result = self._score(pretraining), _State.of(pretraining)
+            scores = self._score(pretraining)
+            start = time.perf_counter()
+            self._result = scores, _State.of(pretraining)
+            self.copy_seconds = time.perf_counter() - start
         else:
             self._result[1].give(pretraining)
         return self._result[0]
@@ -54,9 +57,7 @@ class ScoredOnce(Scorer):
             self.forward_rows += len(arguments[0].labels)
 
         counter = pretraining.job.model.register_forward_pre_hook(count)
-        start = time.perf_counter()
         scores = self._scorer.score(pretraining)
-        self.seconds = time.perf_counter() - start
         counter.remove()
         self.trained_rows = pretraining.trained_rows
         return scores
