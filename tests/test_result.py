@@ -23,7 +23,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "metrics": {"full": figures, "pruned": {**figures, "auc": 0.7}, "final": figures},
         "bytes": {"before": 1000, "after": 250},
         "parameters": {"before": 5_000, "after": 1_000},
-        "step_ms": {"full": 2.0, "full_pretrain": 1.0, "gated": 1.25, "pruned": 1.0},
+        "step_ms": {"full": 2.0, "gated": 1.25, "pruned": 1.0},
         "seconds": {"full": 3.0, "pretrain": 1.5, "prune": 0.1, "continue": 2.0},
         "replaced": [],
         "parity_max_abs": 2.4e-7,
@@ -53,7 +53,6 @@ def test_metrics_sizes_and_speed_stand_side_by_side() -> None:
     assert line(report, "parameters") == ["parameters", "5,000", "1,000", "0.20"]
     assert line(report, "table bytes")[2:] == ["1,000", "250", "0.25"]
     assert line(report, "step, ms")[2:] == ["2.00", "1.00", "0.50"]
-    assert line(report, "gated step")[2] == "1.25"
     assert line(report, "parity")[1] == "2.4e-07"
     assert "planted" not in report
 
@@ -61,7 +60,7 @@ def test_metrics_sizes_and_speed_stand_side_by_side() -> None:
 def test_what_a_run_without_reference_did_not_measure_is_a_dash() -> None:
     changes = {
         "metrics": {**result()["metrics"], "full": None},
-        "step_ms": {"full": None, "full_pretrain": None, "gated": 1.25, "pruned": 1.0},
+        "step_ms": {"full": None, "gated": 1.25, "pruned": 1.0},
         "seconds": {"full": None, "pretrain": 1.5, "prune": 0.1, "continue": 2.0},
     }
     report = format_report(result(**changes), None, "runs/a")

@@ -20,6 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torchrec_fmp import data, models, paths, policies, scores
 from torchrec_fmp.data.columns import BadInput
 from torchrec_fmp.data.dataset import Dataset
+from torchrec_fmp.data.subset import Random, Subset
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.penalty import Penalty
 from torchrec_fmp.models.backbone import Backbone
@@ -69,17 +70,19 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The phase in which features are scored, on the first part of the data.
+    """The phase in which features are scored, on a part of the data.
 
     Args:
         fraction: of the training rows; not used where `samples` is given.
-        samples: training rows, over all ranks; rounded down to whole batches.
+        samples: training rows, over all ranks; rounded down to whole batches of every rank.
         batch_size: rows a step on each rank; many small steps move the gates further.
+        subset: which rows; the others are for going on.
     """
 
     fraction: float = 0.2
     samples: int | None = None
     batch_size: int = 128
+    subset: Subset = field(default_factory=Random)
 
     def __post_init__(self) -> None:
         check_positive(self, "pretrain", "fraction", "batch_size")
@@ -89,9 +92,10 @@ class PretrainConfig:
             raise ValueError(f"pretrain.samples is {self.samples}, it must be at least 1")
 
     def rows_of(self, rows: int, world_size: int) -> int:
-        """How many of a rank's `rows` are for pretraining, in whole batches."""
-        wanted = self.fraction * rows if self.samples is None else self.samples / world_size
-        return int(wanted) // self.batch_size * self.batch_size
+        """How many of `rows` training rows are for pretraining, in whole batches of every rank."""
+        wanted = int(self.fraction * rows) if self.samples is None else self.samples
+        step = self.batch_size * world_size
+        return wanted // step * step
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ def _import_all(package: ModuleType) -> None:
 
 
 # What YAML names by class.
-_NAMED_BASES = (Dataset, Backbone, Penalty, Policy, Scorer)
+_NAMED_BASES = (Dataset, Subset, Backbone, Penalty, Policy, Scorer)
 
 
 def _parser() -> ArgumentParser:
@@ -205,6 +209,7 @@ def _parser() -> ArgumentParser:
     parser.set_defaults(
         {
             "policy": {"class_path": _class_path(ClosedGates)},
+            "pretrain.subset": {"class_path": _class_path(Random)},
             "scorer": {"class_path": _class_path(HardConcreteScorer)},
         }
     )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
 
 import torch.distributed as dist
 from torchrec.datasets.utils import Batch
 
 from torchrec_fmp.agreement import broadcast_text
 from torchrec_fmp.config import RunConfig
-from torchrec_fmp.data.dataset import Split
+from torchrec_fmp.data.dataset import Source
 from torchrec_fmp.data.reader import Reader
 from torchrec_fmp.data.schema import Schema
 from torchrec_fmp.job import Job, build_job
@@ -43,7 +45,7 @@ class Outcome:
         selection: the decisions.
         manifest: what the prune did.
         metrics: of the test split, by full, pruned and final.
-        progress: of training, by full_pretrain, full, pretrain and continue.
+        progress: of training, by full, pretrain and continue.
         seconds: wall time by phase: full, pretrain, prune and continue, without evaluations.
         replaced: (column, problem) -> bad values replaced in all reading, over all ranks.
     """
@@ -79,16 +81,18 @@ class Pipeline:
         self._log = MetricsLog(log_path, config.train.log_interval)
         self._schema = config.data.schema
         self._readers: list[Reader] = []
-        self._rows = self._reader("train", self._schema).rows
-        batch_size = config.pretrain.batch_size
-        self._pretrain_rows = config.pretrain.rows_of(self._rows, ranks.world_size)
-        rest = self._rows - self._pretrain_rows
+        self._train_source = config.data.source("train")
+        self._test_source = config.data.source("test")
+        self._rows = self._reader(self._train_source, self._schema).rows
+        rows = sum(group.rows for group in self._train_source.row_groups)
+        self._pretrain_rows = config.pretrain.rows_of(rows, ranks.world_size)
+        rest = (rows - self._pretrain_rows) // ranks.world_size
         if self._pretrain_rows == 0 or rest < config.train.batch_size:
             raise ValueError(
-                f"of a rank's {self._rows} rows, {self._pretrain_rows} are for pretraining in "
-                f"batches of {batch_size} and {rest} for going on in batches of "
-                f"{config.train.batch_size}: give more rows, a smaller batch_size, or another "
-                "pretrain.fraction or pretrain.samples"
+                f"of {rows} rows, {self._pretrain_rows} are for pretraining in batches of "
+                f"{config.pretrain.batch_size} on each of {ranks.world_size} ranks, and each has "
+                f"{rest} for going on in batches of {config.train.batch_size}: give more rows, a "
+                "smaller batch_size, or another pretrain.fraction or pretrain.samples"
             )
         tables = [table_name(name) for name in self._schema.sparse_names]
         self._planner = make_planner(
@@ -109,8 +113,8 @@ class Pipeline:
         if self._config.reference:
             self._run_reference()
         job = self._build(gated=True)
-        pretraining = self._pretraining(job)
         with self._timed("pretrain"):
+            pretraining = self._pretraining(job)
             scores = self._config.scorer.score(pretraining)
         self._progress["pretrain"] = total_progress(pretraining.progress)
         with self._timed("prune"):
@@ -118,7 +122,8 @@ class Pipeline:
             job, manifest = self._prune(job, selection, pretraining.trained_rows)
         self._metrics["pruned"] = self._evaluate(job)
         with self._timed("continue"):
-            self._train(job, "continue", pretraining.trained_rows, self._config.train.batch_size)
+            readers = self._continued(job.schema, pretraining.trained_rows)
+            self._train(job, "continue", readers)
         self._metrics["final"] = self._evaluate(job)
         return Outcome(
             selection,
@@ -130,51 +135,69 @@ class Pipeline:
         )
 
     def _run_reference(self) -> None:
-        """Trains the model without gates on the same batches in the same order."""
+        """Trains the model without gates on all rows, in their own order."""
         job = self._build(gated=False)
         with self._timed("full"):
-            self._train(
-                job, "full_pretrain", 0, self._config.pretrain.batch_size, self._pretrain_rows
-            )
-            self._train(job, "full", self._pretrain_rows, self._config.train.batch_size)
+            self._train(job, "full", [(self._reader(self._train_source, job.schema), 0)])
         self._metrics["full"] = self._evaluate(job)
 
     def _build(self, gated: bool) -> Job:
         return build_job(self._config, self._schema, self._ranks, self._planner, gated)
 
+    @cached_property
+    def _chosen_and_rest(self) -> tuple[Source, Source]:
+        """The training rows of pretraining, and all others."""
+        config = self._config
+        return config.pretrain.subset.split(
+            self._train_source, self._schema, self._pretrain_rows, config.seed
+        )
+
     def _pretraining(self, job: Job) -> Pretraining:
-        batch_size = self._config.pretrain.batch_size
+        batch_size, world_size = self._config.pretrain.batch_size, self._ranks.world_size
+        chosen, rest = self._chosen_and_rest
 
         def read(start: int, stop: int) -> Iterator[Batch]:
-            return self._reader("train", job.schema).batches(batch_size, start, stop)
+            return self._reader(chosen, job.schema).batches(batch_size, start, stop)
 
-        def read_later(start: int, stop: int) -> Iterator[Batch]:
-            return read(self._pretrain_rows + start, self._pretrain_rows + stop)
+        def read_validation(rows: int) -> Iterable[Batch]:
+            there_are = sum(group.rows for group in rest.row_groups)
+            rows = min(rows, there_are) // (batch_size * world_size) * batch_size * world_size
+            if not rows:
+                return []
+            seed = self._config.seed
+            of_rest, _ = self._config.pretrain.subset.split(rest, job.schema, rows, seed)
+            return self._reader(of_rest, job.schema).batches(batch_size)
 
         return Pretraining(
             job,
             self._ranks,
             read,
-            read_later,
-            self._pretrain_rows,
-            self._rows - self._pretrain_rows,
+            read_validation,
+            self._pretrain_rows // world_size,
             batch_size,
             self._config.seed,
             self._log,
         )
 
-    def _train(
-        self, job: Job, phase: str, start: int, batch_size: int, stop: int | None = None
-    ) -> None:
-        """Trains on this rank's rows [start, stop)."""
-        stop = self._rows if stop is None else stop
-        batches = self._reader("train", job.schema).batches(batch_size, start, stop)
+    def _continued(self, schema: Schema, trained_rows: int) -> list[tuple[Reader, int]]:
+        """Readers of the rows that pretraining has left over and of all others, and their starts.
+
+        Args:
+            schema: the columns to read.
+            trained_rows: of this rank's rows of pretraining.
+        """
+        chosen, rest = self._chosen_and_rest
+        return [(self._reader(chosen, schema), trained_rows), (self._reader(rest, schema), 0)]
+
+    def _train(self, job: Job, phase: str, readers: Sequence[tuple[Reader, int]]) -> None:
+        """Trains on this rank's rows of each reader in turn, from a row on."""
+        batch_size = self._config.train.batch_size
         self._progress[phase] = train(
             job.model,
             job.optimizer,
-            batches,
+            chain.from_iterable(reader.batches(batch_size, start) for reader, start in readers),
             phase=phase,
-            total=(stop - start) // batch_size,
+            total=sum((reader.rows - start) // batch_size for reader, start in readers),
             ranks=self._ranks,
             log=self._log,
         )
@@ -207,25 +230,25 @@ class Pipeline:
         return Job(pruned.model, pruned.optimizer, kept), pruned.manifest
 
     def _first_test_batch(self) -> Batch:
-        reader = self._reader("test", self._schema)
+        reader = self._reader(self._test_source, self._schema)
         batch, _ = next(reader.padded_batches(self._config.train.batch_size))
         return batch.to(self._ranks.device)
 
     def _evaluate(self, job: Job) -> Metrics:
-        reader = self._reader("test", job.schema)
+        reader = self._reader(self._test_source, job.schema)
         return evaluate(
             job.model, reader.padded_batches(self._config.train.batch_size), self._ranks
         )
 
-    def _reader(self, split: Split, schema: Schema) -> Reader:
+    def _reader(self, source: Source, schema: Schema) -> Reader:
         config = self._config
         reader = Reader(
-            config.data.source(split),
+            source,
             schema,
             rank=self._ranks.rank,
             world_size=self._ranks.world_size,
             seed=config.seed,
-            shuffle=config.train.shuffle and split == "train",
+            shuffle=config.train.shuffle and source is not self._test_source,
             bad_input=config.train.bad_input,
             workers=config.train.workers,
         )

@@ -21,9 +21,9 @@ class Pretraining:
         job: the sharded model with gates, which are opened, and its optimizer.
         ranks: the group.
         read: (start, stop) -> batches of this rank's rows of pretraining.
-        read_later: the same of the rows behind them, which are trained on later.
+        read_validation: rows of all ranks -> batches of this rank's share of as many others, or of
+            all others where there are fewer.
         rows: of this rank that are for pretraining.
-        later_rows: of this rank that are trained on later.
         batch_size: rows a step on each rank, and of the batches that are read.
         seed: of the run.
         log: gets the training's losses.
@@ -34,9 +34,8 @@ class Pretraining:
         job: Job,
         ranks: Ranks,
         read: Callable[[int, int], Iterable[Batch]],
-        read_later: Callable[[int, int], Iterable[Batch]],
+        read_validation: Callable[[int], Iterable[Batch]],
         rows: int,
-        later_rows: int,
         batch_size: int,
         seed: int,
         log: MetricsLog,
@@ -46,8 +45,7 @@ class Pretraining:
         self.batch_size = batch_size
         self.rows = rows
         self.seed = seed
-        self._read, self._read_later = read, read_later
-        self._later_rows = later_rows
+        self._read, self._read_validation = read, read_validation
         self._log = log
         self.trained_rows = 0
         self.progress: list[Progress] = []
@@ -73,10 +71,9 @@ class Pretraining:
     def validation_batches(self, rows: int) -> Iterator[Batch]:
         """Batches, on the device, of about `rows` rows of all ranks that pretraining never reads.
 
-        They are the first rows of the next phase, which trains on them later.
+        They are of those of the next phase, which trains on them later.
         """
-        wanted = min(-(-rows // self.ranks.world_size), self._later_rows)
-        for batch in self._read_later(0, wanted):
+        for batch in self._read_validation(rows):
             yield batch.to(self.ranks.device)
 
     def train(self, steps: int | None = None, extra: Steps | None = None) -> None:

@@ -20,8 +20,7 @@ def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, An
     truth = config.data.truth
     metrics = {name: asdict(figures) for name, figures in outcome.metrics.items()}
     progress = outcome.progress
-    step_names = {"full": "full", "full_pretrain": "full_pretrain", "gated": "pretrain"}
-    step_names["pruned"] = "continue"
+    step_names = {"full": "full", "gated": "pretrain", "pruned": "continue"}
     return {
         "features_total": len(selection.features),
         "features_kept": len(selection.kept),
@@ -113,9 +112,6 @@ def _size_lines(result: Mapping[str, Any]) -> list[str]:
             f"  {name:<13} {_number(before, style):>14} {_number(after, style):>14} "
             f"{_number(ratio, '.2f'):>7}"
         )
-    gated, plain = step["gated"], step["full_pretrain"]
-    if plain:
-        lines.append(f"  gated step {gated:.2f} ms, without gates {plain:.2f} ms (pretraining)")
     return lines
 
 
