@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pkgutil
 import subprocess
 import sys
 import traceback
@@ -22,10 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+import torchrec_fmp
+
 from .cell import FULL, Cell, Row, run_cell
 
-# What takes seconds to import, done once: each cell is a fork of a process that has it.
-_PRELOADED = ["torchrec_fmp.pipeline", "torchrec_fmp.config"]
+# Each cell is a fork of a process that has imported these, which takes seconds. All of them, so
+# that the cells of a grid run the same code although its files may change meanwhile.
+_PRELOADED = [m.name for m in pkgutil.walk_packages(torchrec_fmp.__path__, "torchrec_fmp.")]
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 
 

@@ -24,10 +24,11 @@ model is pruned and trained on. Test split; every difference is paired by seed a
 bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
 of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
 Bytes and wall times are relative to full: selection is from choosing rows to scores, total adds the
-prune and the training after it. So are rows: those trained on until the features were scored, and
-those that went through the model for it, in training or not. Spearman and Jaccard: mean over pairs
-of seeds, of scores and of kept features. Planted signals count if the true logit's AUC falls by
-more than {STRONG:g} without them; redundant copies count neither way.
+prune and the training after it. Rows, relative to full as well, are those trained on until the
+features were scored, and those that went forward through the model for it, in training or not.
+Spearman and Jaccard: mean over pairs of seeds, of scores and of kept features. Planted signals are
+those without which the true logit's AUC falls by more than {STRONG:g}: recall is the share of them
+that is kept, precision their share of the kept features.
 """
 
 
@@ -132,6 +133,8 @@ def _sections(group: _Group) -> Iterator[str]:
     if not group.scorers:
         return
     yield _overview(group)
+    if group.has_truth:
+        yield _truth(group)
     for fraction in group.fractions:
         yield f"### {fraction:.0%} kept\n"
         yield _against_full(group, fraction)
@@ -155,27 +158,34 @@ def _full_line(group: _Group) -> str:
 
 def _overview(group: _Group) -> str:
     """All fractions of a scorer in one line, the largest area first."""
-    header = ["scorer", "area over kept", "Spearman"]
-    header += [f"Jaccard {k:.0%}" for k in group.fractions]
-    if group.has_truth:
-        header += [
-            f"{what} {k:.0%}"
-            for k in group.fractions
-            for what in ("signals kept", "of kept, signals", "noise dropped")
-        ]
     areas = {scorer: group.area(scorer) for scorer in group.scorers}
-    lines = []
-    for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(areas[name].mean)):
-        cells = [scorer, _difference(areas[scorer]), _number(_spearman(group, scorer), ".2f")]
-        cells += [_number(_jaccard(group, scorer, k), ".2f") for k in group.fractions]
-        if group.has_truth:
-            cells += [
-                _number(_mean(group.values(scorer, k, figure).values()), ".2f")
-                for k in group.fractions
-                for figure in ("signal_recall", "signal_precision", "noise_dropped")
-            ]
-        lines.append(cells)
-    return _table(header, lines)
+    lines = [
+        [
+            scorer,
+            _difference(areas[scorer]),
+            _number(_spearman(group, scorer), ".2f"),
+            *(_number(_jaccard(group, scorer, k), ".2f") for k in group.fractions),
+        ]
+        for scorer in sorted(group.scorers, key=lambda name: _last_if_nan(areas[name].mean))
+    ]
+    jaccards = [f"Jaccard {k:.0%}" for k in group.fractions]
+    return _table(["scorer", "area over kept", "Spearman", *jaccards], lines)
+
+
+def _truth(group: _Group) -> str:
+    """How much of the planted truth each scorer has found."""
+    figures = {"recall": "signal_recall", "precision": "signal_precision"}
+    figures["noise dropped"] = "noise_dropped"
+    columns = [(k, name) for k in group.fractions for name in figures]
+    lines = [
+        [scorer]
+        + [
+            _number(_mean(group.values(scorer, k, figures[name]).values()), ".2f")
+            for k, name in columns
+        ]
+        for scorer in group.scorers
+    ]
+    return _table(["planted truth", *(f"{name} {k:.0%}" for k, name in columns)], lines)
 
 
 def _spearman(group: _Group, scorer: str) -> float:
