@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from torch import nn
-from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_fmp.data.schema import Schema, SparseColumn
+from tests.models.small_batch import (
+    CPU,
+    SPARSE,
+    batch,
+    check_any_number_of_dense_columns,
+    check_only_tables_on_meta,
+    check_same_seed_same_weights,
+    on_cpu,
+)
+from torchrec_fmp.data.schema import Schema
 from torchrec_fmp.models.dlrm import DlrmBackbone
 
-SPARSE = (SparseColumn("a", 5), SparseColumn("b", 70))
-CPU = torch.device("cpu")
 EBC = "model.sparse_arch.embedding_bag_collection"
-
-
-def on_cpu(model: nn.Module) -> nn.Module:
-    """With its tables, as `DistributedModelParallel` would make them."""
-    model.get_submodule(EBC).to_empty(device=CPU)
-    for table in model.get_submodule(EBC).parameters():
-        nn.init.uniform_(table)
-    return model
-
-
-def batch(dense: int, rows: int = 3) -> Batch:
-    return Batch(
-        dense_features=torch.randn(rows, dense),
-        sparse_features=KeyedJaggedTensor.from_lengths_sync(
-            keys=["a", "b"],
-            values=torch.zeros(2 * rows, dtype=torch.int64),
-            lengths=torch.ones(2 * rows, dtype=torch.int32),
-        ),
-        labels=torch.ones(rows),
-    )
 
 
 def test_each_sparse_column_gets_a_table_of_its_cardinality() -> None:
@@ -47,33 +30,16 @@ def test_each_sparse_column_gets_a_table_of_its_cardinality() -> None:
 
 
 def test_only_the_tables_are_on_meta() -> None:
-    model = DlrmBackbone(8).build(Schema("y", ("x",), SPARSE), CPU)
-    devices = {name: tensor.device.type for name, tensor in model.named_parameters()}
-    assert {device for name, device in devices.items() if name.startswith(EBC)} == {"meta"}
-    assert {device for name, device in devices.items() if not name.startswith(EBC)} == {"cpu"}
+    check_only_tables_on_meta(DlrmBackbone(8))
 
 
 @pytest.mark.parametrize("dense", [(), ("x",), ("x", "z")])
 def test_the_model_trains_with_any_number_of_dense_columns(dense: tuple[str, ...]) -> None:
-    backbone = DlrmBackbone(4, [6], [6])
-    schema = Schema("y", dense, SPARSE)
-    model = on_cpu(backbone.build(schema, CPU))
-    loss, (_, logits, labels) = model(batch(len(dense)))
-    loss.backward()
-    assert logits.shape == labels.shape == (3,)
-    assert bool(loss.isfinite())
-    assert list(backbone.dense_modules(schema).values()) == ([dense] if dense else [])
-    for fqn in backbone.dense_modules(schema):
-        model.get_submodule(fqn)
+    check_any_number_of_dense_columns(DlrmBackbone(4, [6], [6]), dense)
 
 
 def test_the_same_global_seed_gives_the_same_dense_weights() -> None:
-    models = []
-    for _ in range(2):
-        torch.manual_seed(7)
-        models.append(DlrmBackbone(4).build(Schema("y", ("x",), SPARSE), CPU))
-    first, second = (dict(model.named_parameters()) for model in models)
-    assert all(torch.equal(first[n], second[n]) for n in first if first[n].device == CPU)
+    check_same_seed_same_weights(DlrmBackbone(4))
 
 
 @pytest.mark.parametrize("size", [0, 2, 6, -4])

@@ -26,6 +26,12 @@ def feature_names(configs: Sequence[BaseEmbeddingConfig]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(feature for config in configs for feature in config.feature_names))
 
 
+def feature_widths(collection: Collection) -> dict[str, int]:
+    """Embedding dimension of each feature, in the order of the tables."""
+    configs = table_configs(collection)
+    return {name: config.embedding_dim for config in configs for name in config.feature_names}
+
+
 def weight_name(collection: Collection, table: str) -> str:
     """Name of a table's weight within the collection."""
     is_pooled = isinstance(collection, EmbeddingBagCollection)

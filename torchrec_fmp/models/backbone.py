@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from functools import partial
 
 import torch
 from torch import nn
@@ -34,14 +35,30 @@ def table_name(feature: str) -> str:
     return f"t_{feature}"
 
 
-def embedding_bags(schema: Schema, embedding_dim: int) -> EmbeddingBagCollection:
-    """One sum-pooled table for each sparse column, on meta."""
+def check_embedding_dim(embedding_dim: int) -> None:
+    """Raises ValueError unless FBGEMM can have tables of this dimension."""
+    if embedding_dim < 4 or embedding_dim % 4:
+        raise ValueError(f"embedding_dim is {embedding_dim}, it must be a multiple of 4")
+
+
+def embedding_bags(
+    schema: Schema, embedding_dim: int, std: float | None = None
+) -> EmbeddingBagCollection:
+    """One sum-pooled table for each sparse column, on meta.
+
+    Args:
+        schema: of the data.
+        embedding_dim: of every table.
+        std: standard deviation of the initial weights, which are normal; None is TorchRec's own
+            initialization, uniform and the wider the fewer rows a table has.
+    """
     tables = [
         EmbeddingBagConfig(
             name=table_name(column.name),
             embedding_dim=embedding_dim,
             num_embeddings=column.num_embeddings,
             feature_names=[column.name],
+            init_fn=None if std is None else partial(nn.init.normal_, std=std),
         )
         for column in schema.sparse
     ]

@@ -9,7 +9,7 @@ from torch import nn
 from torchrec.models.dlrm import DLRM, DLRMTrain
 
 from torchrec_fmp.data.schema import Schema
-from torchrec_fmp.models.backbone import Backbone, embedding_bags
+from torchrec_fmp.models.backbone import Backbone, check_embedding_dim, embedding_bags
 
 
 class DlrmBackbone(Backbone):
@@ -31,8 +31,7 @@ class DlrmBackbone(Backbone):
         dense_arch: Sequence[int] = (64,),
         over_arch: Sequence[int] = (128, 64),
     ) -> None:
-        if embedding_dim < 4 or embedding_dim % 4:
-            raise ValueError(f"embedding_dim is {embedding_dim}, it must be a multiple of 4")
+        check_embedding_dim(embedding_dim)
         if not over_arch or min(*dense_arch, *over_arch, 1) < 1:
             raise ValueError(
                 f"dense_arch {list(dense_arch)} and over_arch {list(over_arch)} must be positive "

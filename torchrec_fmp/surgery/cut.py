@@ -11,7 +11,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 
 from torchrec_fmp.gates.collections import feature_names, table_configs
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.surgery import dlrm as dlrm  # registers its rule
+from torchrec_fmp.surgery import deepfm as deepfm  # these register their rules
+from torchrec_fmp.surgery import dlrm as dlrm
+from torchrec_fmp.surgery import mlp as mlp
 from torchrec_fmp.surgery.blueprint import Blueprint
 from torchrec_fmp.surgery.compiled import (
     bare_fqn,

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchrec.models.dlrm import DenseArch
+from torchrec.models import deepfm, dlrm
 from torchrec.modules.mlp import MLP, Perceptron
 
 from torchrec_fmp.surgery.rules import Cutter, join_fqn
 
 # Module type -> name of the child that reads the module's input.
 _FIRST_CHILD: dict[type[nn.Module], str] = {
-    DenseArch: "model",
+    dlrm.DenseArch: "model",
+    deepfm.DenseArch: "model",
     MLP: "_mlp",
     Perceptron: "_linear",
     nn.Sequential: "0",

@@ -13,7 +13,7 @@ from torchrec.models.dlrm import DLRM, DenseArch, InteractionArch, OverArch, Spa
 
 from torchrec_fmp.gates.collections import table_configs
 from torchrec_fmp.surgery.dense import cut_linear
-from torchrec_fmp.surgery.rules import Cutter, cut_rule, join_fqn
+from torchrec_fmp.surgery.rules import Cutter, check_parts, cut_rule, join_fqn
 from torchrec_fmp.surgery.tables import cut_tables
 
 _FIRST_OVER = "over_arch.model.0._mlp.0._linear"
@@ -31,18 +31,16 @@ def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
     """
     if _has_no_sparse_features(model):
         return
-    for name, expected in (
-        ("dense_arch", DenseArch),
-        ("sparse_arch", SparseArch),
-        ("inter_arch", InteractionArch),
-        ("over_arch", OverArch),
-    ):
-        part = getattr(model, name)
-        if type(part) is not expected:
-            raise TypeError(
-                f"{fqn}.{name} is a {type(part).__name__} where DLRM has a {expected.__name__}: "
-                "register a cut rule for the whole model's type with torchrec_fmp.cut_rule"
-            )
+    check_parts(
+        model,
+        fqn,
+        {
+            "dense_arch": DenseArch,
+            "sparse_arch": SparseArch,
+            "inter_arch": InteractionArch,
+            "over_arch": OverArch,
+        },
+    )
     names = list(model.sparse_arch.sparse_feature_names)
     collection = model.sparse_arch.embedding_bag_collection
     smaller, gates = cut_tables(

@@ -42,7 +42,7 @@ a rule that does not do what the module computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
@@ -88,6 +88,22 @@ def rule_for(module: nn.Module) -> Rule[nn.Module] | None:
 def join_fqn(prefix: str, name: str) -> str:
     """Fqn of a child; the model itself has the fqn ''."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
+def check_parts(model: nn.Module, fqn: str, parts: Mapping[str, type[nn.Module]]) -> None:
+    """Sees whether the model's children are of exactly the types that its rule knows.
+
+    Raises:
+        TypeError: if a part of the model was replaced by a module of another type.
+    """
+    for name, expected in parts.items():
+        part = getattr(model, name)
+        if type(part) is not expected:
+            raise TypeError(
+                f"{join_fqn(fqn, name)} is a {type(part).__name__} where {type(model).__name__} "
+                f"has a {expected.__name__}: register a cut rule for the whole model's type with "
+                "torchrec_fmp.cut_rule"
+            )
 
 
 class Cutter:

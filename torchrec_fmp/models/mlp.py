@@ -1,0 +1,145 @@
+"""ERASE's plain MLP over the concatenated embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DLRMTrain
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.regroup import KTRegroupAsDict
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from torchrec_fmp.data.schema import Schema
+from torchrec_fmp.gates.collections import feature_names
+from torchrec_fmp.models.backbone import Backbone, check_embedding_dim, embedding_bags
+from torchrec_fmp.models.batch_norm import GlobalBatchNorm1d
+
+_GROUP = "sparse"
+# models/basemodel.py of ERASE.
+_EMBEDDING_STD = 0.01
+
+
+class Mlp(nn.Module):
+    """An MLP over the dense input and all pooled embeddings, side by side.
+
+    The first layer is the sum of one over the embeddings and one over the dense input, which is the
+    layer over their concatenation, so that dense columns can be gated.
+
+    ::
+
+        dense ───────────────────▶ dense_layer ──┐
+        KeyedJaggedTensor ─ EBC ─▶ sparse_layer ─┴ + ─ norm, ReLU, dropout ─ ... ─ Linear ─▶ logit
+
+    Args:
+        embedding_bag_collection: F features, each served by one table.
+        dense_in_features: number N of dense columns.
+        layers: sizes of the hidden layers.
+        dropout: probability behind each hidden layer.
+        batch_norm: whether each hidden layer is normalized before its ReLU.
+        device: of all but the tables.
+    """
+
+    def __init__(
+        self,
+        embedding_bag_collection: EmbeddingBagCollection,
+        dense_in_features: int,
+        layers: Sequence[int],
+        dropout: float,
+        batch_norm: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.embedding_bag_collection = embedding_bag_collection
+        self.regroup = regrouped(embedding_bag_collection)
+        width = sum(
+            config.embedding_dim * len(config.feature_names)
+            for config in embedding_bag_collection.embedding_bag_configs()
+        )
+        self.sparse_layer = nn.Linear(width, layers[0], device=device)
+        self.dense_layer = None
+        if dense_in_features:
+            self.dense_layer = nn.Linear(dense_in_features, layers[0], bias=False, device=device)
+        self.over = nn.Sequential(*_over_layers(layers, dropout, batch_norm, device))
+
+    def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
+        """Logits (B, 1).
+
+        Args:
+            dense_features: (B, N) float32.
+            sparse_features: keys of all features, and perhaps others.
+        """
+        pooled = self.embedding_bag_collection(sparse_features)
+        hidden_BH = self.sparse_layer(self.regroup([pooled])[_GROUP])
+        if self.dense_layer is not None:
+            hidden_BH = hidden_BH + self.dense_layer(dense_features)
+        return self.over(hidden_BH)
+
+
+def regrouped(collection: EmbeddingBagCollection) -> KTRegroupAsDict:
+    """Brings the pooled embeddings into the order of the tables, whatever the plan's is."""
+    return KTRegroupAsDict([[*feature_names(collection.embedding_bag_configs())]], [_GROUP])
+
+
+def _over_layers(
+    layers: Sequence[int], dropout: float, batch_norm: bool, device: torch.device
+) -> Iterator[nn.Module]:
+    """What follows the first linear layer."""
+    for size, next_size in zip(layers, [*layers[1:], 1], strict=True):
+        if batch_norm:
+            yield GlobalBatchNorm1d(size, device=device)
+        yield nn.ReLU()
+        yield nn.Dropout(dropout)
+        yield nn.Linear(size, next_size, device=device)
+
+
+class MlpBackbone(Backbone):
+    """The default backbone of ERASE (arXiv:2403.12660), models/rec/mlp.py of its repository.
+
+    Tables start from a normal distribution of standard deviation 0.01, as there. ERASE has no dense
+    columns; here they stand beside the embeddings.
+
+    Args:
+        embedding_dim: of every table; FBGEMM needs a multiple of 4.
+        layers: sizes of the hidden layers; the last layer, of 1, is added.
+        dropout: probability behind each hidden layer.
+        batch_norm: whether each hidden layer is normalized before its ReLU, over the batches of
+            all ranks.
+
+    Raises:
+        ValueError: if `layers` is empty or a size is not positive, `embedding_dim` is no multiple
+            of 4, or `dropout` is no probability below 1.
+    """
+
+    def __init__(
+        self,
+        embedding_dim: int = 8,
+        layers: Sequence[int] = (16, 16),
+        dropout: float = 0.2,
+        batch_norm: bool = True,
+    ) -> None:
+        check_embedding_dim(embedding_dim)
+        if not layers or min(layers) < 1:
+            raise ValueError(f"layers is {list(layers)}, it must hold at least one positive size")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+        self.embedding_dim = embedding_dim
+        self.layers = tuple(layers)
+        self.dropout = dropout
+        self.batch_norm = batch_norm
+
+    def build(self, schema: Schema, device: torch.device) -> nn.Module:
+        return DLRMTrain(
+            Mlp(
+                embedding_bags(schema, self.embedding_dim, std=_EMBEDDING_STD),
+                len(schema.dense),
+                self.layers,
+                self.dropout,
+                self.batch_norm,
+                device,
+            )
+        )
+
+    def dense_modules(self, schema: Schema) -> dict[str, tuple[str, ...]]:
+        return {"model.dense_layer": schema.dense} if schema.dense else {}
