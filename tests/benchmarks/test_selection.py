@@ -28,7 +28,7 @@ SCORERS = {
 }
 FRACTIONS = (0.75, 0.5)
 # Of the real data, the last tenth of them to test on.
-ROWS = 40_000
+ROWS = 60_000
 
 
 @pytest.fixture(scope="module")
