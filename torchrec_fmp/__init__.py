@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from torchrec_fmp.gates.penalty import TargetPenalty as TargetPenalty
     from torchrec_fmp.gates.sharded import sharders as sharders
     from torchrec_fmp.manifest import Manifest as Manifest
+    from torchrec_fmp.planning.costs import TableCost as TableCost
     from torchrec_fmp.planning.costs import costs as costs
+    from torchrec_fmp.planning.costs import table_costs as table_costs
     from torchrec_fmp.policies.closed_gates import ClosedGates as ClosedGates
     from torchrec_fmp.policies.from_file import FromFile as FromFile
     from torchrec_fmp.policies.policy import decide as decide
     from torchrec_fmp.policies.selection import Selection as Selection
+    from torchrec_fmp.policies.top_budget import TopBudget as TopBudget
     from torchrec_fmp.policies.top_fraction import TopFraction as TopFraction
     from torchrec_fmp.preparation import dry_run as dry_run
     from torchrec_fmp.pruning import ParityError as ParityError
@@ -55,11 +58,14 @@ _HOMES = {
     "L0Penalty": "gates.penalty",
     "TargetPenalty": "gates.penalty",
     "sharders": "gates.sharded",
+    "TableCost": "planning.costs",
     "costs": "planning.costs",
+    "table_costs": "planning.costs",
     "ClosedGates": "policies.closed_gates",
     "FromFile": "policies.from_file",
     "decide": "policies.policy",
     "Selection": "policies.selection",
+    "TopBudget": "policies.top_budget",
     "TopFraction": "policies.top_fraction",
     "Manifest": "manifest",
     "ParityError": "pruning",

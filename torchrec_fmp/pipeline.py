@@ -24,7 +24,8 @@ from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.metrics import Metrics, evaluate
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.models.backbone import table_name
-from torchrec_fmp.planning.planner import make_planner
+from torchrec_fmp.planning.costs import table_costs
+from torchrec_fmp.planning.planner import make_planner, run_topology
 from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pretraining import Pretraining
@@ -118,7 +119,7 @@ class Pipeline:
             scores = self._config.scorer.score(pretraining)
         self._progress["pretrain"] = total_progress(pretraining.progress)
         with self._timed("prune"):
-            selection = self._decide(scores)
+            selection = self._decide(scores, job)
             job, manifest = self._prune(job, selection, pretraining.trained_rows)
         self._metrics["pruned"] = self._evaluate(job)
         with self._timed("continue"):
@@ -202,11 +203,19 @@ class Pipeline:
             log=self._log,
         )
 
-    def _decide(self, scores: FeatureScores) -> Selection:
+    def _decide(self, scores: FeatureScores, job: Job) -> Selection:
         """Decides on rank 0 and sends the decision, so that every rank has the same."""
-        text = None
+        text, policy = None, self._config.policy
         if self._ranks.speaks:
-            text = decide(scores, self._config.policy).to_json()
+            costs = None
+            if policy.cost_unit is not None:
+                costs = table_costs(
+                    job.model,
+                    run_topology(self._ranks.device.type),
+                    policy.cost_unit,
+                    batch_size=self._config.train.batch_size,
+                )
+            text = decide(scores, policy, costs).to_json()
         text = broadcast_text(text, self._ranks.group, self._ranks.device)
         if self._directory:
             self._directory.write_text("selection.json", text)

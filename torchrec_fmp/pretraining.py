@@ -10,6 +10,8 @@ from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.job import Job
 from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.planning.costs import Unit, costs
+from torchrec_fmp.planning.planner import run_topology
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.train import Progress, Steps, train
 
@@ -61,6 +63,11 @@ class Pretraining:
     def steps(self) -> int:
         """Number of batches in the rows of pretraining."""
         return self.rows // self.batch_size
+
+    def costs(self, unit: Unit) -> dict[str, float]:
+        """Feature -> what keeping it costs, by the model's plan; see `torchrec_fmp.costs`."""
+        topology = run_topology(self.ranks.device.type)
+        return costs(self.job.model, topology, unit, batch_size=self.batch_size)
 
     def batches(self, steps: int | None = None) -> Iterator[Batch]:
         """The first batches of pretraining, all by default, on the device; trains nothing."""

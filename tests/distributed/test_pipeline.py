@@ -66,6 +66,24 @@ def test_the_planted_signal_stays_and_every_rank_decides_alike(
         assert result["samples"]["pretrain"] == 5000 // 32 * 32
 
 
+@pytest.mark.parametrize("unit", ["bytes", "step_ms"])
+def test_a_budget_of_a_models_costs_is_kept_and_every_rank_decides_alike(
+    ranks_2: ProcessGroup, tmp_path: Path, unit: str
+) -> None:
+    half = {"keep": 0.5, "unit": unit}
+    config = tiny(
+        pretrain__batch_size=16,
+        scorer__init_args__penalty={"class_path": "TargetPenalty", "init_args": half},
+        policy={"class_path": "TopBudget", "init_args": half},
+    )
+    outcomes = ranks_2.run(run, write_config(tmp_path, config))
+    assert len({digest for _, digest in outcomes}) == 1
+    result, _ = outcomes[0]
+    assert {"main_0", "main_1"} <= set(result["kept"])
+    if unit == "bytes":
+        assert result["bytes"]["after"] <= 0.5 * result["bytes"]["before"]
+
+
 def test_pretraining_takes_the_number_of_samples_asked_for_over_all_ranks(
     ranks: ProcessGroup, tmp_path: Path
 ) -> None:

@@ -131,6 +131,83 @@ def test_toy_optimisation_keeps_the_target_share_and_the_most_useful_features(ke
     assert kept == list(range(count - round(keep * count), count))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    log_alphas=st.lists(st.floats(LOW, HIGH), min_size=2, max_size=6),
+    cost=st.floats(0.1, 1e9),
+)
+def test_equal_costs_are_no_costs_and_the_excess_is_by_share_of_the_cost(
+    log_alphas: list[float], cost: float
+) -> None:
+    gates = gates_at(log_alphas)
+    names = gates[0].features
+    plain = TargetPenalty(0.5)
+    equal = TargetPenalty(0.5, costs=dict.fromkeys(names, cost))
+    one = TargetPenalty(0.5, costs={names[0]: cost})
+    for penalty in (plain, equal, one):
+        penalty(gates, 1.0)
+    assert equal.multipliers == pytest.approx(plain.multipliers, abs=1e-7)
+    low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
+    share = (gates[0].open_probability()[0].item() - low) / (high - low)
+    assert one.multipliers[0] == pytest.approx(one.learning_rate * (share - 0.5), abs=1e-7)
+
+
+def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_open() -> None:
+    # One wide feature, four narrow ones less useful each, and a free one that is hardly useful.
+    names = ["wide", "n0", "n1", "n2", "n3", "free"]
+    usefulness = torch.tensor([0.12, 0.06, 0.07, 0.08, 0.09, 0.001])
+    costs = {"wide": 60.0, "n0": 10.0, "n1": 10.0, "n2": 10.0, "n3": 10.0}
+    kept = {}
+    for kind, penalty in (
+        ("count", TargetPenalty(0.5, learning_rate=0.02)),
+        ("cost", TargetPenalty(0.4, learning_rate=0.02, costs=costs)),
+    ):
+        gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
+        optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
+        for step in range(600):
+            optimizer.zero_grad()
+            task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
+            (task_loss + penalty([gates], min(1.0, step / 100))).backward()
+            optimizer.step()
+            gates.clamp_()
+        open_gates = (gates.values() > 0).tolist()
+        kept[kind] = [name for name, is_open in zip(names, open_gates, strict=True) if is_open]
+    assert kept == {"count": ["wide", "n2", "n3"], "cost": ["n0", "n1", "n2", "n3", "free"]}
+
+
+def test_a_unit_is_priced_by_the_model_unless_costs_were_given() -> None:
+    def costs(unit: str) -> dict[str, float]:
+        return {"f0_0": {"bytes": 3.0, "hbm": 5.0, "step_ms": 7.0}[unit]}
+
+    counted, own = TargetPenalty(0.5), TargetPenalty(0.5, unit="hbm", costs={"f0_0": 1.0})
+    assert counted.priced(costs) is counted
+    assert own.priced(costs) is own
+    bytes_penalty = TargetPenalty(0.3, 0.2, "bytes")
+    with pytest.raises(ValueError, match=r"costs\(model, topology, 'bytes'\)"):
+        bytes_penalty(gates_at([0.0]), 1.0)
+    priced = bytes_penalty.priced(costs)
+    assert isinstance(priced, TargetPenalty)
+    assert (priced.keep, priced.learning_rate, priced.costs) == (0.3, 0.2, {"f0_0": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("costs", "message"),
+    [
+        ({"f0_0": 0.0}, "no feature costs anything"),
+        ({"f0_0": 1.0, "stray": 1.0}, r"no gates: \['stray'\]"),
+    ],
+)
+def test_costs_that_do_not_fit_the_gates_are_refused(costs: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TargetPenalty(0.5, costs=costs)(gates_at([0.0]), 1.0)
+
+
+@pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
+def test_a_cost_that_is_none_is_refused(cost: float) -> None:
+    with pytest.raises(ValueError, match=f"cost of feature 'a' is {cost}"):
+        TargetPenalty(0.5, costs={"a": cost})
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, math.nan])
 def test_target_share_outside_of_0_to_1_is_refused(keep: float) -> None:
     with pytest.raises(ValueError, match=rf"share of features to keep is {keep}, it must be in"):

@@ -9,7 +9,7 @@ from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
 from tests.planning.models import BAGS, BATCH_SIZE, Model, constraints, planner, sharders, topology
-from torchrec_fmp import costs
+from torchrec_fmp import TableCost, costs, table_costs
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.planning.costs import Unit
@@ -34,6 +34,15 @@ def test_bytes_are_the_weights_and_shared_tables_are_divided_equally() -> None:
         "e": 4 * 400_000 * 128,
         "s": 4 * 1000 * 16,
     }
+
+
+def test_features_of_a_table_share_its_bytes_undivided_and_each_has_its_milliseconds() -> None:
+    model, where = Model(), topology()
+    shared = table_costs(model, where, "bytes", sharders=sharders())
+    assert TableCost(("b", "c"), 4 * 50_000 * 32) in shared
+    assert len(shared) == len(BAGS)
+    alone = table_costs(model, where, "step_ms", batch_size=BATCH_SIZE, sharders=sharders())
+    assert [cost.features for cost in alone] == [("a",), ("b",), ("c",), ("d",), ("e",)]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from torchrec_fmp.gates.feature_gates import FeatureGates
+
+if TYPE_CHECKING:
+    from torchrec_fmp.planning.costs import Unit
 
 
 class Penalty(abc.ABC):
@@ -23,6 +27,14 @@ class Penalty(abc.ABC):
             gates: all gates of the model.
             strength: from 0 to 1 while the penalty is ramped up, then 1.
         """
+
+    def priced(self, costs: Callable[[Unit], Mapping[str, float]]) -> Penalty:
+        """The same penalty with the model's costs, where it needs any.
+
+        Args:
+            costs: unit -> feature -> cost, as `costs` gives them.
+        """
+        return self
 
 
 class L0Penalty(Penalty):
@@ -46,7 +58,7 @@ class L0Penalty(Penalty):
 
 
 class TargetPenalty(Penalty):
-    """Drives the expected share s of open gates to a target t with an augmented Lagrangian.
+    """Drives the expected share s of what open gates cost to a target t: an augmented Lagrangian.
 
         lambda_1 (s - t) + lambda_2 (s - t)^2
 
@@ -54,25 +66,49 @@ class TargetPenalty(Penalty):
     section 3) and LLM-Shearing. Gates are counted between their bounds, so that s = t when exactly
     the target's share of the gates is at the upper bound and the rest at the lower.
 
+    What a feature costs is a choice. If all cost the same, narrow useful features are given up for
+    wide ones; in bytes or milliseconds, wide ones for many narrow ones, and nothing closes what is
+    free, such as dense columns.
+
     Args:
-        keep: share of the features to keep, in (0, 1].
+        keep: share of the cost of all features to keep, in (0, 1].
         learning_rate: of the multipliers' gradient ascent, a step.
+        unit: of the costs: 1 for each feature, or those of `costs`.
+        costs: feature -> what keeping it costs, of any unit; features without one are free. By
+            default a run prices its model in `unit`.
 
     Raises:
-        ValueError: if `keep` is not in (0, 1] or the learning rate is not positive.
+        ValueError: if `keep` is not in (0, 1], the learning rate is not positive, or a cost is
+            negative or not finite.
     """
 
-    def __init__(self, keep: float, learning_rate: float = 3e-3) -> None:
+    def __init__(
+        self,
+        keep: float,
+        learning_rate: float = 3e-3,
+        unit: Literal["features", "bytes", "hbm", "step_ms"] = "features",
+        costs: Mapping[str, float] | None = None,
+    ) -> None:
         if not 0 < keep <= 1:
             raise ValueError(f"the share of features to keep is {keep}, it must be in (0, 1]")
         if not learning_rate > 0:
             raise ValueError(f"the multipliers' learning rate is {learning_rate}, not positive")
+        for feature, cost in (costs or {}).items():
+            if not (cost >= 0 and math.isfinite(cost)):
+                raise ValueError(f"the cost of feature {feature!r} is {cost}, not finite and >= 0")
         self.keep = keep
         self.learning_rate = learning_rate
+        self.unit = unit
+        self.costs = costs
         self.multipliers = (0.0, 0.0)
 
+    def priced(self, costs: Callable[[Unit], Mapping[str, float]]) -> Penalty:
+        if self.unit == "features" or self.costs is not None:
+            return self
+        return TargetPenalty(self.keep, self.learning_rate, self.unit, costs(self.unit))
+
     def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
-        excess = _open_share(gates) - (1 + strength * (self.keep - 1))
+        excess = self._open_share(gates) - (1 + strength * (self.keep - 1))
         linear, quadratic = self.multipliers
         if strength > 0:
             value = float(excess.detach())
@@ -81,13 +117,37 @@ class TargetPenalty(Penalty):
             self.multipliers = (linear, quadratic)
         return linear * excess + quadratic * excess**2
 
+    def _open_share(self, gates: Sequence[FeatureGates]) -> Tensor:
+        """Mean P(z > 0) by cost, shifted and scaled: 0 at the lower bounds, 1 at the upper."""
+        config = gates[0].config
+        bounds = torch.tensor(config.log_alpha_bounds)
+        low, high = config.distribution.open_probability(bounds).tolist()
+        probability = _open_probability(gates)
+        weights = torch.tensor(self._weights(gates), device=probability.device)
+        return ((weights * probability).sum() - low) / (high - low)
+
+    def _weights(self, gates: Sequence[FeatureGates]) -> list[float]:
+        """Each feature's share of the cost of all.
+
+        Raises:
+            ValueError: if the costs are missing, of features without gates, or all 0.
+        """
+        features = [feature for module in gates for feature in module.features]
+        if self.costs is None and self.unit == "features":
+            return [1 / len(features)] * len(features)
+        if self.costs is None:
+            raise ValueError(
+                f"TargetPenalty needs costs in {self.unit}: "
+                f"TargetPenalty(..., costs=costs(model, topology, {self.unit!r}))"
+            )
+        unknown = sorted(self.costs.keys() - set(features))
+        if unknown:
+            raise ValueError(f"there are costs of features that have no gates: {unknown}")
+        total = math.fsum(self.costs.values())
+        if total == 0:
+            raise ValueError("no feature costs anything, so none can be given up for a budget")
+        return [self.costs.get(feature, 0.0) / total for feature in features]
+
 
 def _open_probability(gates: Sequence[FeatureGates]) -> Tensor:
     return torch.cat([module.open_probability() for module in gates])
-
-
-def _open_share(gates: Sequence[FeatureGates]) -> Tensor:
-    """Mean P(z > 0), shifted and scaled to be 0 at the lower bounds and 1 at the upper."""
-    config = gates[0].config
-    low, high = config.distribution.open_probability(torch.tensor(config.log_alpha_bounds)).tolist()
-    return (_open_probability(gates).mean() - low) / (high - low)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -19,6 +20,19 @@ from torchrec_fmp.planning.estimates import Constraints, device_memory, plan_opt
 from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables, unsharded
 
 Unit = Literal["bytes", "hbm", "step_ms"]
+
+
+@dataclass(frozen=True)
+class TableCost:
+    """A cost that is paid once, as long as any of the features stays.
+
+    Args:
+        features: of one table.
+        amount: at least 0, in the unit of the costs.
+    """
+
+    features: tuple[str, ...]
+    amount: float
 
 
 def costs(
@@ -46,7 +60,7 @@ def costs(
     of them go: equally for `bytes` and `hbm`; by expected lookups (pooling factor x number of
     poolings x batch size, where the constraints have them for each feature) for `step_ms`. A
     feature that several tables serve pays its part of each. Dense columns have no table and are not
-    in the result.
+    in the result. `table_costs` has the undivided costs.
 
     Args:
         model: gated or not. Of a `DistributedModelParallel`, the shardings of its plan are priced.
@@ -61,6 +75,45 @@ def costs(
 
     Raises:
         ValueError: for an unknown unit, or a plan that does not fit the model.
+    """
+    return divided(
+        table_costs(
+            model,
+            topology,
+            unit,
+            batch_size=batch_size,
+            constraints=constraints,
+            sharders=sharders,
+            plan=plan,
+        )
+    )
+
+
+def divided(costs: Iterable[TableCost]) -> dict[str, float]:
+    """Feature -> its equal part of each of its costs; the sum stays."""
+    by_feature: dict[str, float] = defaultdict(float)
+    for cost in costs:
+        for feature in cost.features:
+            by_feature[feature] += cost.amount / len(cost.features)
+    return dict(by_feature)
+
+
+def table_costs(
+    model: nn.Module,
+    topology: Topology,
+    unit: Unit = "bytes",
+    *,
+    batch_size: int = BATCH_SIZE,
+    constraints: Constraints | None = None,
+    sharders: Sharders | None = None,
+    plan: ShardingPlan | None = None,
+) -> list[TableCost]:
+    """What is saved when features go: the costs of `costs`, with the features that share each.
+
+    In `bytes` and `hbm` the features of a table share all of its cost, which is there until the
+    last of them goes; in `step_ms` each has its lookups' part for itself.
+
+    Args and Raises: as for `costs`.
     """
     if unit not in ("bytes", "hbm", "step_ms"):
         raise ValueError(f"unit is {unit!r}; the units are bytes, hbm and step_ms")
@@ -79,11 +132,14 @@ def costs(
             options = plan_options(plan, tables, topology, batch_size, constraints)
         populate(options, topology, sharders, constraints)
         prices = [_price(option, topology, unit) for option in options]
-    by_feature: dict[str, float] = defaultdict(float)
+    found = []
     for table, price in zip(tables, prices, strict=True):
-        for feature, share in zip(table.features, _shares(table, unit, constraints), strict=True):
-            by_feature[feature] += price * share
-    return dict(by_feature)
+        if unit == "step_ms":
+            shares = zip(table.features, _lookup_shares(table, constraints), strict=True)
+            found += [TableCost((feature,), price * share) for feature, share in shares]
+        else:
+            found.append(TableCost(table.features, price))
+    return found
 
 
 def _fastest(
@@ -119,11 +175,11 @@ def _price(option: ShardingOption, topology: Topology, unit: Unit) -> float:
     return float(getattr(option.total_storage, device_memory(topology)))
 
 
-def _shares(table: ShardableTable, unit: Unit, constraints: Constraints | None) -> list[float]:
-    """The parts of a table's cost that its features pay, in their order; they add up to 1."""
+def _lookup_shares(table: ShardableTable, constraints: Constraints | None) -> list[float]:
+    """The parts of a table's lookups that its features make, in their order; they add up to 1."""
     count = len(table.features)
     constraint = (constraints or {}).get(table.name)
-    if unit != "step_ms" or constraint is None or len(constraint.pooling_factors) != count:
+    if constraint is None or len(constraint.pooling_factors) != count:
         return [1 / count] * count
     poolings = constraint.num_poolings or [1.0] * count
     batch_sizes = constraint.batch_sizes or [1] * count

@@ -50,15 +50,19 @@ def make_planner(
         batch_size: on one rank, for the estimates.
         device_type: `cpu` or `cuda`.
     """
+    return planner_for(config, tables, batch_size, run_topology(device_type))
+
+
+def run_topology(device_type: str) -> Topology:
+    """The ranks of the default process group, for `cpu` or `cuda`."""
     world_size = dist.get_world_size()
     hbm_cap = torch.cuda.get_device_properties(0).total_memory if device_type == "cuda" else None
-    topology = Topology(
+    return Topology(
         world_size=world_size,
         hbm_cap=hbm_cap,
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         compute_device=device_type,
     )
-    return planner_for(config, tables, batch_size, topology)
 
 
 def planner_for(

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from torchrec_fmp.policies.selection import FeatureDecision, Selection
 from torchrec_fmp.scores.feature_scores import FeatureScores
 
+if TYPE_CHECKING:
+    from torchrec_fmp.planning.costs import TableCost, Unit
+
 
 class Policy(abc.ABC):
-    """Decides which features stay."""
+    """Decides which features stay.
+
+    A policy that reads `scores.costs` says in `cost_unit` which ones.
+    """
+
+    cost_unit: Unit | None = None
 
     @abc.abstractmethod
     def select(self, scores: FeatureScores) -> Selection:
         """A decision for every feature of `scores`, in their order."""
 
 
-def decide(scores: FeatureScores, policy: Policy) -> Selection:
-    """Applies the policy, and keeps the best feature of a collection that would become empty."""
+def decide(
+    scores: FeatureScores, policy: Policy, costs: Sequence[TableCost] | None = None
+) -> Selection:
+    """Applies the policy, and keeps the best feature of a collection that would become empty.
+
+    Args:
+        scores: of all features.
+        policy: decides.
+        costs: in the policy's `cost_unit`, as `table_costs` gives them; by default the scores' own.
+    """
+    if costs is not None:
+        scores = replace(scores, costs=tuple(costs))
     features = dict(policy.select(scores).features)
     for fqn, names in scores.collections.items():
         if any(features[name].kept for name in names):

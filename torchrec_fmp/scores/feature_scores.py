@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchrec_fmp.planning.costs import TableCost
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class FeatureScores:
         collections: fqn of an embedding collection -> its features. A policy keeps at least
             one feature of each, because few models can do without a collection; a selection that
             was edited may empty it.
+        costs: what tables cost, in the unit that the policy reads; `decide` sets them.
 
     Raises:
         ValueError: if scores and gates name different features, or a number is out of range.
@@ -25,6 +30,7 @@ class FeatureScores:
     scores: Mapping[str, float]
     gates: Mapping[str, float]
     collections: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    costs: Sequence[TableCost] = ()
 
     def __post_init__(self) -> None:
         if self.scores.keys() != self.gates.keys():
