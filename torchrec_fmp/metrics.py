@@ -36,8 +36,30 @@ class Metrics:
     ne: float
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """Of a model for a split, rank by rank, on every rank.
+
+    Args:
+        logits: (N,) fp32, on CPU.
+        labels: (N,) fp32, 0 or 1, on CPU.
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+    def metrics(self) -> Metrics:
+        """See `metrics_of`."""
+        return metrics_of(self.logits.double(), self.labels.double())
+
+
 def evaluate(model: nn.Module, batches: Iterable[tuple[Batch, int]], ranks: Ranks) -> Metrics:
-    """Metrics of the model in evaluation over every rank's batches.
+    """Metrics of `predict`'s predictions; the same arguments. Collective."""
+    return predict(model, batches, ranks).metrics()
+
+
+def predict(model: nn.Module, batches: Iterable[tuple[Batch, int]], ranks: Ranks) -> Predictions:
+    """Predictions of the model in evaluation for every rank's batches.
 
     Collective. Logits and labels, 8 bytes a row, are gathered on every rank.
 
@@ -52,9 +74,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Batch, int]], ranks: Rank
             _, (_, batch_logits, batch_labels) = model(batch.to(ranks.device))
             logits.append(batch_logits[:real].float().cpu())
             labels.append(batch_labels[:real].float().cpu())
-    return metrics_of(
-        _gather(torch.cat(logits), ranks).double(), _gather(torch.cat(labels), ranks).double()
-    )
+    return Predictions(_gather(torch.cat(logits), ranks), _gather(torch.cat(labels), ranks))
 
 
 def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:

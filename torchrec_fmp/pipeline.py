@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +21,7 @@ from torchrec_fmp.data.reader import Reader
 from torchrec_fmp.data.schema import Schema
 from torchrec_fmp.job import Job, build_job
 from torchrec_fmp.manifest import Manifest
-from torchrec_fmp.metrics import Metrics, evaluate
+from torchrec_fmp.metrics import Metrics, Predictions, predict
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.models.backbone import table_name
 from torchrec_fmp.planning.costs import table_costs
@@ -67,17 +67,24 @@ class Pipeline:
         ranks: the process group.
         directory: gets metrics.jsonl, selection.json and manifest.json, each as soon as it is
             known; None for none.
+        on_predictions: gets the name of a model (full, pruned or final) and what it predicts for
+            the test split, the same rows in the same order for every model and seed.
 
     Raises:
         ValueError: if there are too few rows for the configured phases.
     """
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, directory: RunDirectory | None = None
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        directory: RunDirectory | None = None,
+        on_predictions: Callable[[str, Predictions], None] | None = None,
     ) -> None:
         self._config = config
         self._ranks = ranks
         self._directory = directory
+        self._on_predictions = on_predictions
         log_path = directory.file("metrics.jsonl") if directory and ranks.speaks else None
         self._log = MetricsLog(log_path, config.train.log_interval)
         self._schema = config.data.schema
@@ -121,11 +128,11 @@ class Pipeline:
         with self._timed("prune"):
             selection = self._decide(scores, job)
             job, manifest = self._prune(job, selection, pretraining.trained_rows)
-        self._metrics["pruned"] = self._evaluate(job)
+        self._evaluate(job, "pruned")
         with self._timed("continue"):
             readers = self._continued(job.schema, pretraining.trained_rows)
             self._train(job, "continue", readers)
-        self._metrics["final"] = self._evaluate(job)
+        self._evaluate(job, "final")
         return Outcome(
             selection,
             manifest,
@@ -140,7 +147,7 @@ class Pipeline:
         job = self._build(gated=False)
         with self._timed("full"):
             self._train(job, "full", [(self._reader(self._train_source, job.schema), 0)])
-        self._metrics["full"] = self._evaluate(job)
+        self._evaluate(job, "full")
 
     def _build(self, gated: bool) -> Job:
         return build_job(self._config, self._schema, self._ranks, self._planner, gated)
@@ -243,11 +250,13 @@ class Pipeline:
         batch, _ = next(reader.padded_batches(self._config.train.batch_size))
         return batch.to(self._ranks.device)
 
-    def _evaluate(self, job: Job) -> Metrics:
+    def _evaluate(self, job: Job, name: str) -> None:
         reader = self._reader(self._test_source, job.schema)
-        return evaluate(
-            job.model, reader.padded_batches(self._config.train.batch_size), self._ranks
-        )
+        batches = reader.padded_batches(self._config.train.batch_size)
+        predictions = predict(job.model, batches, self._ranks)
+        self._metrics[name] = predictions.metrics()
+        if self._on_predictions is not None:
+            self._on_predictions(name, predictions)
 
     def _reader(self, source: Source, schema: Schema) -> Reader:
         config = self._config
