@@ -87,7 +87,7 @@ def run(
         finally:
             # Interrupted, it would otherwise go on with the cells that are waiting.
             pool.shutdown(cancel_futures=True)
-    merge(out)
+            merge(out)
     return failed
 
 

@@ -87,8 +87,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
         "class_path": "DlrmBackbone",
         "init_args": {"embedding_dim": 16, "dense_arch": [64], "over_arch": [128, 64]},
     },
-    "deepfm": {"class_path": "DeepFmBackbone", "init_args": {"embedding_dim": 16}},
-    "mlp": {"class_path": "MlpBackbone", "init_args": {"embedding_dim": 16}},
+    "deepfm": {"class_path": "DeepFmBackbone"},
+    # Its defaults are those of ERASE.
+    "mlp": {"class_path": "MlpBackbone"},
 }
 
 SCORERS: dict[str, dict[str, Any]] = {
