@@ -106,13 +106,55 @@ def test_wrong_arguments_are_status_2(arguments: list[str]) -> None:
     assert ended.value.code == 2
 
 
-def test_a_run_directory_in_use_is_status_1_and_stays_as_it_is(
+def test_seeds_are_compared_and_each_is_the_run_of_that_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A penalty with state, which one seed must not hand on to the next.
+    penalty = {"class_path": "TargetPenalty", "init_args": {"keep": 0.5, "learning_rate": 0.01}}
+    config = write_config(tmp_path, tiny(scorer__init_args__penalty=penalty))
+    out, one = tmp_path / "out", tmp_path / "one"
+    assert main(["evaluate", config, "--seeds", "2", "--out", str(out)]) == 0
+    report = capsys.readouterr().out
+    assert "test split, 2 seeds" in report and "Jaccard index" in report
+    assert sorted(path.name for path in out.iterdir()) == ["config.yaml", "stability.json"]
+    stability = json.loads((out / "stability.json").read_text())
+    assert stability["seeds"] == [0, 1]
+    assert stability["metrics"].keys() == {"full", "pruned", "final"}
+    assert stability["metrics"]["final"]["auc"]["sd"] > 0
+    assert 0.5 < stability["predictions"]["full"]["consistency"] < 1
+    assert main(["run", str(out / "config.yaml"), "--seed", "1", "--out", str(one)]) == 0
+    result, run = json.loads((one / "result.json").read_text()), stability["runs"][1]
+    assert run["kept"] == result["kept"]
+    assert run["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1"], "--seeds is 1: at least 2 can be compared"),
+        (["--seed", "3"], "give --seeds instead of --seed"),
+        (["--train.batchsize", "8"], r"Did you mean 'train\.batch_size'\?"),
+    ],
+)
+def test_wrong_arguments_of_evaluate_are_status_2_and_leave_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "out"
+    config = write_config(tmp_path, tiny())
+    assert main(["evaluate", config, "--out", str(out), *arguments]) == 2
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error_line(capsys))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("verb", ["run", "evaluate"])
+def test_a_run_directory_in_use_is_status_1_and_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "result.json").write_text("precious")
-    assert main(["run", write_config(tmp_path, tiny()), "--out", str(out)]) == 1
+    assert main([verb, write_config(tmp_path, tiny()), "--out", str(out)]) == 1
     assert "name a new one with --out" in error_line(capsys)
     assert [path.name for path in out.iterdir()] == ["result.json"]
     assert (out / "result.json").read_text() == "precious"

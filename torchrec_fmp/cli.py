@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = verbs.add_parser("run", help="pretrain with gates, prune, continue")
     run.add_argument("config", help="YAML file; options override it: --train.batch_size 512")
     run.add_argument("--out", required=True, help="run directory, new or empty")
+    # Not abbreviated, because `--seed` is an option of a run.
+    evaluate = verbs.add_parser(
+        "evaluate", help="the same run over seeds: how much they change", allow_abbrev=False
+    )
+    evaluate.add_argument("config", help="YAML file; options override it, as for run")
+    evaluate.add_argument("--seeds", type=int, default=5, help="number of them, from 0 on")
+    evaluate.add_argument("--out", help="directory for stability.json, new or empty")
     verbs.add_parser("prepare", help="raw files to the Parquet that training reads", add_help=False)
     plan = verbs.add_parser("plan", help="what a prune would do to plan, memory and step time")
     plan.add_argument("config", help="YAML file of a what-if or a run; options override it")
@@ -42,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _prepare(rest)
     if known.verb == "plan":
         return _plan(known, rest)
+    if known.verb == "evaluate":
+        return _evaluate(known.config, known.seeds, known.out, rest)
     return _run(known.config, known.out, rest)
 
 
@@ -75,6 +84,49 @@ def _run(config_path: str, out: str, overrides: Sequence[str]) -> int:
         directory.write_json("result.json", result)
         if ranks.speaks:
             sys.stdout.write(format_report(result, config.data.truth, out))
+    return 0
+
+
+def _evaluate(config_path: str, seeds: int, out: str | None, overrides: Sequence[str]) -> int:
+    from torchrec_fmp.config import ConfigError, RunConfig, load_config
+
+    def composed(seed: int) -> tuple[RunConfig, str]:
+        return load_config(config_path, [*overrides, "--reference", "true", "--seed", str(seed)])
+
+    try:
+        if seeds < 2:
+            raise ConfigError(f"--seeds is {seeds}: at least 2 can be compared")
+        if any(option.split("=")[0] == "--seed" for option in overrides):
+            raise ConfigError("evaluate runs the seeds from 0 on: give --seeds instead of --seed")
+        _, text = composed(0)
+    except (OSError, ValueError) as error:
+        return _fail(error, status=2)
+
+    from torchrec_fmp.ranks import process_group
+    from torchrec_fmp.run_directory import RunDirectory
+    from torchrec_fmp.seeds import run_seeds
+    from torchrec_fmp.stability import format_stability, stability_of
+
+    _quiet_libraries()
+    with process_group() as ranks:
+        directory = RunDirectory(out, writes=ranks.speaks) if out else None
+        try:
+            if directory:
+                directory.create()
+                directory.write_text("config.yaml", text)
+            if ranks.speaks:
+                sys.stdout.write(f"{ranks}\n")
+            runs, labels = run_seeds(lambda seed: composed(seed)[0], range(seeds), ranks)
+        except (ValueError, RuntimeError, OSError) as error:
+            if logging.getLogger().isEnabledFor(logging.DEBUG):
+                raise
+            return _fail(error, status=1)
+        if ranks.speaks:
+            stability = stability_of(runs, labels, ranks.world_size)
+            sys.stdout.write(format_stability(stability))
+            if directory:
+                directory.write_json("stability.json", stability)
+                sys.stdout.write(f"written    {out}\n")
     return 0
 
 

@@ -13,6 +13,13 @@ from torchrec_fmp.doctor import installed_versions
 from torchrec_fmp.pipeline import Outcome
 from torchrec_fmp.ranks import Ranks
 
+# How reports call the models, in order.
+MODEL_NAMES = {
+    "full": "full, trained without us",
+    "pruned": "pruned, before going on",
+    "final": "final",
+}
+
 
 def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The content of result.json, as docs/run_directory.md says."""
@@ -60,8 +67,11 @@ def format_report(result: Mapping[str, Any], truth: PlantedTruth | None, directo
         lines += ["", *_truth_lines(result, truth)]
     lines += ["", *_metric_lines(result["metrics"]), "", *_size_lines(result)]
     seconds = result["seconds"].items()
-    lines += ["", "seconds    " + ", ".join(f"{phase} {_number(s, '.1f')}" for phase, s in seconds)]
-    lines.append(f"parity     {_number(result['parity_max_abs'], '.1e')} largest difference")
+    lines += [
+        "",
+        "seconds    " + ", ".join(f"{phase} {format_number(s, '.1f')}" for phase, s in seconds),
+    ]
+    lines.append(f"parity     {format_number(result['parity_max_abs'], '.1e')} largest difference")
     for entry in result["replaced"]:
         lines.append(f"replaced   {entry['count']} x {entry['column']}: {entry['problem']}")
     lines.append(f"written    {directory}")
@@ -84,16 +94,13 @@ def _truth_lines(result: Mapping[str, Any], truth: PlantedTruth) -> list[str]:
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    names = {
-        "full": "full, trained without us",
-        "pruned": "pruned, before going on",
-        "final": "final",
-    }
     lines = [f"{'test split':<26} {'AUC':>8} {'logloss':>8} {'NE':>8}"]
-    for key, name in names.items():
+    for key, name in MODEL_NAMES.items():
         figures = metrics[key]
         if figures is not None:
-            row = " ".join(f"{_number(figures[m], '.4f'):>8}" for m in ("auc", "logloss", "ne"))
+            row = " ".join(
+                f"{format_number(figures[m], '.4f'):>8}" for m in ("auc", "logloss", "ne")
+            )
             lines.append(f"  {name:<24} {row}")
     return lines
 
@@ -109,11 +116,12 @@ def _size_lines(result: Mapping[str, Any]) -> list[str]:
     for name, before, after, style in rows:
         ratio = after / before if before else math.nan
         lines.append(
-            f"  {name:<13} {_number(before, style):>14} {_number(after, style):>14} "
-            f"{_number(ratio, '.2f'):>7}"
+            f"  {name:<13} {format_number(before, style):>14} {format_number(after, style):>14} "
+            f"{format_number(ratio, '.2f'):>7}"
         )
     return lines
 
 
-def _number(value: float | None, style: str) -> str:
+def format_number(value: float | None, style: str) -> str:
+    """The value in a style of `format`, or `-` where it was not measured."""
     return "-" if value is None or math.isnan(value) else format(value, style)

@@ -151,7 +151,7 @@ def write_parquet_config(directory: Path, ids: list[int], **settings: Any) -> st
     return write_config(directory, tiny(data=data, **settings))
 
 
-def torchrun(config: str, out: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(config: str, out: Path, *verb: str) -> subprocess.CompletedProcess[str]:
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -160,7 +160,8 @@ def torchrun(config: str, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-            *("--standalone", "-m", "torchrec_fmp.cli", "run", config, "--out", str(out)),
+            *("--standalone", "-m", "torchrec_fmp.cli"),
+            *(*(verb or ["run"]), config, "--out", str(out)),
         ],
         cwd=ROOT,
         env={**environment, "OMP_NUM_THREADS": "1"},
@@ -179,6 +180,16 @@ def test_torchrun_runs_model_parallel_and_says_so_once(tmp_path: Path) -> None:
     assert result["parity_max_abs"] <= 1e-5
     assert done.stdout.count("2 ranks on cpu over gloo: tables model-parallel") == 1
     assert done.stdout.count("features   ") == 1
+
+
+def test_evaluating_seeds_on_two_ranks_compares_every_test_row_once(tmp_path: Path) -> None:
+    config = write_config(tmp_path, tiny(data__init_args__test_rows=301))
+    done = torchrun(config, tmp_path / "out", "evaluate", "--seeds", "2")
+    assert done.returncode == 0, done.stderr
+    stability = json.loads((tmp_path / "out" / "stability.json").read_text())
+    assert stability["world_size"] == 2
+    assert stability["test_rows"] == 301
+    assert done.stdout.count("single predictions") == 1
 
 
 def test_an_error_on_one_rank_ends_the_run_with_that_error(tmp_path: Path) -> None:
