@@ -13,7 +13,7 @@ from tests.distributed.sequence_model import Case, SequenceModel, batches, shard
 from torchrec_fmp.config import load_config
 from torchrec_fmp.data.schema import Schema, SparseColumn
 from torchrec_fmp.gates.attach import attach_gates
-from torchrec_fmp.job import Job
+from torchrec_fmp.job import Job, build_job
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.pretraining import Pretraining
@@ -29,8 +29,10 @@ def this_rank() -> Ranks:
 def make_pretraining(config_path: str) -> Pretraining:
     """Of a DLRM that is not trained yet, its gates open."""
     config, _ = load_config(config_path)
-    pipeline = Pipeline(config, this_rank())
-    return pipeline._pretraining(pipeline._build(gated=True))
+    ranks = this_rank()
+    pipeline = Pipeline(config, ranks)
+    job = build_job(config, config.data.schema, ranks, pipeline._planner, gated=True)
+    return pipeline._pretraining(job)
 
 
 class OnBatches(SequenceModel):
