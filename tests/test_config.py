@@ -267,6 +267,30 @@ def test_classes_of_the_package_may_be_named_without_their_module(
     assert isinstance(config.policy, TopFraction)
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        *("SfsScorer", "TaylorScorer", "PermutationScorer", "RandomScorer", "CardinalityScorer"),
+        *("MutualInformationScorer", "GradientBoostedTreesScorer", "RandomForestScorer"),
+        "LassoScorer",
+    ],
+)
+def test_a_scorer_is_named_by_its_class_alone(tmp_path: Path, shown: str) -> None:
+    assert type(load(tmp_path, tiny(scorer={"class_path": shown})).scorer).__name__ == shown
+
+
+@pytest.mark.parametrize(
+    "shown", ["GradientBoostedTreesScorer", "RandomForestScorer", "LassoScorer"]
+)
+def test_a_scorer_without_its_optional_package_names_the_extra(
+    tmp_path: Path, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchrec_fmp.scores.tabular.find_spec", lambda name: None)
+    message = rf"{shown} needs scikit-learn: pip install 'torchrec-fmp\[scorers\]'"
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, tiny(scorer={"class_path": shown}))
+
+
 def test_two_configurations_share_no_penalty_or_policy(tmp_path: Path) -> None:
     first, second = (load(tmp_path, tiny()) for _ in range(2))
     assert first.scorer.penalty is not second.scorer.penalty

@@ -24,7 +24,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # What a user brings along or takes from an extra.
 PLATFORM = {"torch", "torchrec", "fbgemm_gpu", "torchmetrics"}
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 
 
 def _requirements(lines: list[str]) -> dict[str, Requirement]:
@@ -49,7 +49,7 @@ def test_a_plain_install_touches_neither_torch_nor_torchrec_nor_fbgemm() -> None
 
 
 def test_every_third_party_import_is_declared() -> None:
-    declared = set(_requirements(PROJECT["dependencies"])) | PLATFORM
+    declared = set(_requirements(PROJECT["dependencies"] + EXTRAS["scorers"])) | PLATFORM
     for path in (ROOT / "torchrec_fmp").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
