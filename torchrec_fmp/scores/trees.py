@@ -26,8 +26,9 @@ class GradientBoostedTreesScorer(Scorer):
     its ids are sorted; of a bag, the trees see one id drawn at random.
 
     Args:
-        rows: of pretraining to fit, over all ranks, in memory of rank 0; ERASE takes all. 100,000
-            rows of 40 features take a minute or two.
+        rows: of pretraining to fit, over all ranks, in memory of rank 0; ERASE takes all. 100 trees
+            on 50,000 rows of 40 features took 69 s of one busy core, and more rows take as much
+            longer.
         n_estimators: trees.
         max_depth: of each.
         learning_rate: of the boosting.
