@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pydoc import locate
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -99,6 +99,35 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
+class ContinuationConfig:
+    """What training goes on from after the prune.
+
+    Args:
+        start: `carried`, the weights and optimizer states that the prune has moved; `rewound`, the
+            weights that the surviving parameters had after `rewind_steps` steps of pretraining,
+            with new optimizer states; `reinitialized`, a newly initialized model of the features
+            that stay, under a plan of its own.
+        rewind_steps: 0 are the initial weights.
+        warmup_steps: over which the learning rates rise linearly, of dense parameters and tables.
+    """
+
+    start: Literal["carried", "rewound", "reinitialized"] = "carried"
+    rewind_steps: int = 0
+    warmup_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rewind_steps", "warmup_steps"):
+            if getattr(self, name) < 0:
+                value = getattr(self, name)
+                raise ValueError(f"continuation.{name} is {value}, it must be at least 0")
+        if self.rewind_steps and self.start != "rewound":
+            raise ValueError(
+                f"continuation.rewind_steps is {self.rewind_steps}, which only start: rewound "
+                f"reads, and start is {self.start}"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run.
 
@@ -114,7 +143,8 @@ class RunConfig:
         planner: what TorchRec's planner may choose from.
         replan: whether tables that survive move to the planner's new plan; see `prune`.
         move: how tables move.
-        reference: also train the unpruned model, on the same batches in the same order.
+        continuation: what training goes on from after the prune.
+        reference: also train the unpruned model, on all rows in their own order.
         seed: of weights, shuffling and, added to gates.seed, gate noise.
     """
 
@@ -129,6 +159,7 @@ class RunConfig:
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     replan: Replan = "auto"
     move: MoveConfig = field(default_factory=MoveConfig)
+    continuation: ContinuationConfig = field(default_factory=ContinuationConfig)
     reference: bool = False
     seed: int = 0
 

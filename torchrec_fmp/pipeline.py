@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 
 import torch.distributed as dist
@@ -31,9 +31,11 @@ from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pretraining import Pretraining
 from torchrec_fmp.pruning import prune
 from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.rewinding import Snapshot
 from torchrec_fmp.run_directory import RunDirectory
 from torchrec_fmp.scores.feature_scores import FeatureScores
-from torchrec_fmp.train import Progress, total_progress, train
+from torchrec_fmp.train import Progress, Steps, total_progress, train
+from torchrec_fmp.warmup import Warmup
 
 _logger = logging.getLogger(__name__)
 
@@ -106,6 +108,7 @@ class Pipeline:
         self._planner = make_planner(
             config.planner, tables, config.train.batch_size, ranks.device.type
         )
+        self._snapshot: Snapshot | None = None
         self._metrics: dict[str, Metrics] = {}
         self._progress: dict[str, Progress] = {}
         self._seconds: dict[str, float] = {}
@@ -124,14 +127,25 @@ class Pipeline:
         with self._timed("pretrain"):
             pretraining = self._pretraining(job)
             scores = self._config.scorer.score(pretraining)
+        self._take_snapshot(job, pretraining.trained_rows // pretraining.batch_size)
         self._progress["pretrain"] = total_progress(pretraining.progress)
+        trained_rows = pretraining.trained_rows
         with self._timed("prune"):
             selection = self._decide(scores, job)
-            job, manifest = self._prune(job, selection, pretraining.trained_rows)
+            self._rewind(job, pretraining)
+            # It holds the gated model, which is to be freed.
+            del pretraining
+            job, manifest = self._prune(job, selection, trained_rows)
+            if self._config.continuation.start == "reinitialized":
+                kept = job.schema
+                del job
+                job = self._build(gated=False, schema=kept)
         self._evaluate(job, "pruned")
         with self._timed("continue"):
-            readers = self._continued(job.schema, pretraining.trained_rows)
-            self._train(job, "continue", readers)
+            readers = self._continued(job.schema, trained_rows)
+            steps = self._config.continuation.warmup_steps
+            warmup = Warmup(job.model, job.optimizer, steps) if steps else None
+            self._train(job, "continue", readers, warmup)
         self._evaluate(job, "final")
         return Outcome(
             selection,
@@ -149,8 +163,8 @@ class Pipeline:
             self._train(job, "full", [(self._reader(self._train_source, job.schema), 0)])
         self._evaluate(job, "full")
 
-    def _build(self, gated: bool) -> Job:
-        return build_job(self._config, self._schema, self._ranks, self._planner, gated)
+    def _build(self, gated: bool, schema: Schema | None = None) -> Job:
+        return build_job(self._config, schema or self._schema, self._ranks, self._planner, gated)
 
     @cached_property
     def _chosen_and_rest(self) -> tuple[Source, Source]:
@@ -185,7 +199,29 @@ class Pipeline:
             batch_size,
             self._config.seed,
             self._log,
+            partial(self._take_snapshot, job),
         )
+
+    def _take_snapshot(self, job: Job, step: int) -> None:
+        """Keeps the weights that pretraining has before this step, if they are to be gone back to.
+
+        It is called with the number of all steps at the end, too.
+        """
+        continuation = self._config.continuation
+        if continuation.start == "rewound" and step == continuation.rewind_steps:
+            self._snapshot = Snapshot(job.model)
+
+    def _rewind(self, job: Job, pretraining: Pretraining) -> None:
+        if self._config.continuation.start != "rewound":
+            return
+        if self._snapshot is None:
+            steps = pretraining.trained_rows // pretraining.batch_size
+            raise ValueError(
+                f"continuation.rewind_steps is {self._config.continuation.rewind_steps}, and "
+                f"pretraining took {steps} steps: rewind to one of them"
+            )
+        self._snapshot.restore(job)
+        self._snapshot = None
 
     def _continued(self, schema: Schema, trained_rows: int) -> list[tuple[Reader, int]]:
         """Readers of the rows that pretraining has left over and of all others, and their starts.
@@ -197,7 +233,13 @@ class Pipeline:
         chosen, rest = self._chosen_and_rest
         return [(self._reader(chosen, schema), trained_rows), (self._reader(rest, schema), 0)]
 
-    def _train(self, job: Job, phase: str, readers: Sequence[tuple[Reader, int]]) -> None:
+    def _train(
+        self,
+        job: Job,
+        phase: str,
+        readers: Sequence[tuple[Reader, int]],
+        extra: Steps | None = None,
+    ) -> None:
         """Trains on this rank's rows of each reader in turn, from a row on."""
         batch_size = self._config.train.batch_size
         self._progress[phase] = train(
@@ -208,6 +250,7 @@ class Pipeline:
             total=sum((reader.rows - start) // batch_size for reader, start in readers),
             ranks=self._ranks,
             log=self._log,
+            extra=extra,
         )
 
     def _decide(self, scores: FeatureScores, job: Job) -> Selection:

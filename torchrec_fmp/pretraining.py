@@ -29,6 +29,7 @@ class Pretraining:
         batch_size: rows a step on each rank, and of the batches that are read.
         seed: of the run.
         log: gets the training's losses.
+        before_step: called with the number of each step of training, from 0, before it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Pretraining:
         batch_size: int,
         seed: int,
         log: MetricsLog,
+        before_step: Callable[[int], None] | None = None,
     ) -> None:
         self.job = job
         self.ranks = ranks
@@ -49,6 +51,7 @@ class Pretraining:
         self.seed = seed
         self._read, self._read_validation = read, read_validation
         self._log = log
+        self._before_step = before_step
         self.trained_rows = 0
         self.progress: list[Progress] = []
         for module in self.gates:
@@ -98,7 +101,7 @@ class Pretraining:
         progress = train(
             self.job.model,
             self.job.optimizer,
-            self._read(start, stop),
+            self._numbered(start, stop),
             phase="pretrain",
             total=(stop - start) // self.batch_size,
             ranks=self.ranks,
@@ -107,3 +110,10 @@ class Pretraining:
         )
         self.trained_rows = start + progress.steps * self.batch_size
         self.progress.append(progress)
+
+    def _numbered(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of these rows; each is asked for when the step before it has ended."""
+        for step, batch in enumerate(self._read(start, stop), start // self.batch_size):
+            if self._before_step is not None:
+                self._before_step(step)
+            yield batch

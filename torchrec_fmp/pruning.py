@@ -198,7 +198,7 @@ def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
     with all_or_none("cutting the dense parameters", work.group, move.timeout):
         fill_dense(
             work.smaller.model,
-            _dense_tensors(model),
+            dense_tensors(model),
             work.smaller.cut_map,
             work.blueprint.sources,
         )
@@ -220,7 +220,7 @@ def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
     return new
 
 
-def _dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
+def dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
     """Parameters and buffers outside of sharded collections."""
     sharded = tuple(
         f"{fqn}."

@@ -1,0 +1,42 @@
+"""`Warmup`: learning rates that start small, of the dense and of the fused optimizer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+
+class Warmup:
+    """Raises the learning rates linearly over the first steps; a `train.Steps`.
+
+    Step i, from 0, has min(1, (i + 1) / (steps + 1)) of the rate.
+
+    Args:
+        model: whose tables' optimizer is fused.
+        optimizer: of the other parameters.
+        steps: with less than the full rate.
+    """
+
+    def __init__(self, model: DistributedModelParallel, optimizer: Optimizer, steps: int) -> None:
+        def share(step: int) -> float:
+            return min(1.0, (step + 1) / (steps + 1))
+
+        self._fused = model.fused_optimizer
+        self._schedulers = [LambdaLR(part, share) for part in (optimizer, self._fused)]
+        self._set_fused()
+
+    def loss_term(self, step: int) -> Tensor | None:
+        """Nothing is added to the loss."""
+        return None
+
+    def update(self, step: int) -> None:
+        """Sets the rates of the next step."""
+        for scheduler in self._schedulers:
+            scheduler.step()
+        self._set_fused()
+
+    def _set_fused(self) -> None:
+        # FBGEMM's kernels take their rate from the fused optimizer's groups when that steps.
+        self._fused.step()
