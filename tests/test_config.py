@@ -272,7 +272,8 @@ def test_classes_of_the_package_may_be_named_without_their_module(
     [
         *("SfsScorer", "TaylorScorer", "PermutationScorer", "RandomScorer", "CardinalityScorer"),
         *("MutualInformationScorer", "GradientBoostedTreesScorer", "RandomForestScorer"),
-        "LassoScorer",
+        *("LassoScorer", "AutoFieldScorer", "AdaFsScorer", "OptFsScorer", "LpfsScorer"),
+        *("ShuffleGateScorer", "ConcreteDropoutScorer"),
     ],
 )
 def test_a_scorer_is_named_by_its_class_alone(tmp_path: Path, shown: str) -> None:

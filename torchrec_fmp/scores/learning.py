@@ -6,6 +6,7 @@ here, so that every rank keeps the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,21 @@ def generator(seed: int, step: int, ranks: Ranks) -> torch.Generator:
     """Noise that depends on (seed, step, rank) and on nothing before it."""
     state = np.random.SeedSequence((seed, step, ranks.rank)).generate_state(1, np.uint64)
     return torch.Generator(device=ranks.device).manual_seed(int(state[0] >> np.uint64(1)))
+
+
+def gumbel(like: Tensor, seed: int, step: int, ranks: Ranks) -> Tensor:
+    """Standard Gumbel noise of a tensor's shape, a function of (seed, step, rank)."""
+    noise = generator(seed, step, ranks)
+    exponential = torch.empty_like(like, requires_grad=False).exponential_(generator=noise)
+    return -exponential.log()
+
+
+def check_learning(learning_rate: float, every: int = 1) -> None:
+    """Raises ValueError unless a scorer's own parameters can learn at this rate, this often."""
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"the scorer's learning_rate is {learning_rate}, it must be positive")
+    if every < 1:
+        raise ValueError(f"every is {every}, it must be at least 1 step")
 
 
 def check_batches(batches: int) -> int:

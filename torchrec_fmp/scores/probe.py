@@ -47,6 +47,11 @@ class Block:
     examples: Tensor | None = None
     ids: KeyedJaggedTensor | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return len(self.values) if self.ids is None else self.ids.stride()
+
     def of_keys(self, values: Tensor, features: Sequence[str]) -> Tensor:
         """Values of features, (..., F) in the order of `features` -> (..., K)."""
         return values.index_select(-1, self._places(features))
