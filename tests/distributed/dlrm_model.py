@@ -55,6 +55,7 @@ MIXED = {
     "t_shared": "column_wise",
     "t_last": "row_wise",
 }
+MIXTURES = {"mixed": MIXED, "mixed_and_replicated": {**MIXED, "t_last": "data_parallel"}}
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
 
 Tensors = dict[str, Tensor]
@@ -65,7 +66,7 @@ class Case:
     """A model and how its tables are first placed.
 
     Args:
-        sharding: of every table, or `mixed`.
+        sharding: of every table, or one of `MIXTURES`.
         gated: whether features have gates.
         dense_gates: whether dense columns have gates too.
         root: DLRM itself instead of DLRMTrain.
@@ -100,7 +101,7 @@ class FixedPlanner:
     """A planner that does what it is told.
 
     Args:
-        sharding: of every table, or `mixed`.
+        sharding: of every table, or one of `MIXTURES`.
         first_rank: of the first table-wise table; the others follow.
         kernel: of every table that is not data-parallel.
     """
@@ -131,7 +132,7 @@ class FixedPlanner:
     def _sharding(self, table: str, world_size: int) -> ParameterShardingGenerator:
         kernel = self.kernel
         rank = (list(TABLES).index(table) + self.first_rank) % world_size
-        sharding = MIXED[table] if self.sharding == "mixed" else self.sharding
+        sharding = MIXTURES.get(self.sharding, {}).get(table, self.sharding)
         if sharding == "table_wise":
             return table_wise(rank=rank, compute_kernel=kernel)
         if sharding == "row_wise":
