@@ -34,6 +34,7 @@ from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.rewinding import Snapshot
 from torchrec_fmp.run_directory import RunDirectory
 from torchrec_fmp.scores.feature_scores import FeatureScores
+from torchrec_fmp.scores.size_curve import with_losses
 from torchrec_fmp.train import Progress, Steps, total_progress, train
 from torchrec_fmp.warmup import Warmup
 
@@ -127,6 +128,7 @@ class Pipeline:
         with self._timed("pretrain"):
             pretraining = self._pretraining(job)
             scores = self._config.scorer.score(pretraining)
+            scores = with_losses(scores, self._config.policy, pretraining)
         self._take_snapshot(job, pretraining.trained_rows // pretraining.batch_size)
         self._progress["pretrain"] = total_progress(pretraining.progress)
         trained_rows = pretraining.trained_rows

@@ -124,7 +124,7 @@ class TopBudget(Policy):
     def _ranked(self, scores: FeatureScores, costs: Sequence[TableCost]) -> list[str]:
         """Features, the first to be taken first."""
         if self.order == "score":
-            return sorted(scores.scores, key=lambda name: -scores.scores[name])
+            return scores.ranked
         prices = divided(costs)
 
         def worth(name: str) -> float:

@@ -24,7 +24,7 @@ class TopFraction(Policy):
 
     def select(self, scores: FeatureScores) -> Selection:
         count = max(1, round(self.fraction * len(scores.scores)))
-        ranked = sorted(scores.scores, key=lambda name: -scores.scores[name])
+        ranked = scores.ranked
         best = set(ranked[:count])
         features = {}
         for rank, name in enumerate(ranked, start=1):

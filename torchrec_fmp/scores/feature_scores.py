@@ -22,6 +22,8 @@ class FeatureScores:
             one feature of each, because few models can do without a collection; a selection that
             was edited may empty it.
         costs: what tables cost, in the unit that the policy reads; `decide` sets them.
+        losses: number of best features left -> validation loss of each of some batches; set for
+            the policy that reads them.
 
     Raises:
         ValueError: if scores and gates name different features, or a number is out of range.
@@ -31,6 +33,7 @@ class FeatureScores:
     gates: Mapping[str, float]
     collections: Mapping[str, Sequence[str]] = field(default_factory=dict)
     costs: Sequence[TableCost] = ()
+    losses: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scores.keys() != self.gates.keys():
@@ -43,3 +46,8 @@ class FeatureScores:
                 raise ValueError(
                     f"the gate of feature {feature!r} is {self.gates[feature]}, not in [0, 1]"
                 )
+
+    @property
+    def ranked(self) -> list[str]:
+        """The features from the best to the worst; ties in the model's order."""
+        return sorted(self.scores, key=lambda name: -self.scores[name])
