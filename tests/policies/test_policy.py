@@ -13,11 +13,11 @@ from torchrec_fmp.scores.feature_scores import FeatureScores
 def test_the_best_feature_of_a_collection_that_would_be_empty_stays_fully_open() -> None:
     scores = FeatureScores(
         scores={"a": -3.0, "b": -2.5, "c": 1.0, "d": -4.0, "x": -3.0},
-        gates={"a": 0.0, "b": 0.0, "c": 0.5, "d": 0.0, "x": 0.0},
+        gates={"a": 0.0, "b": 0.0, "c": 0.6, "d": 0.0, "x": 0.0},
         collections={"first": ["a", "b"], "second": ["c", "d"]},
     )
     selection = decide(scores, ClosedGates())
-    assert selection.gates == {"a": 0.0, "b": 1.0, "c": 0.5, "d": 0.0, "x": 0.0}
+    assert selection.gates == {"a": 0.0, "b": 1.0, "c": 0.6, "d": 0.0, "x": 0.0}
     assert selection.features["b"].reason == ("best of first, which would be empty; opened from 0")
     assert list(selection.features) == ["a", "b", "c", "d", "x"]
 
