@@ -46,7 +46,11 @@ class TrainConfig:
     Args:
         batch_size: rows a step on each rank, outside of pretraining.
         learning_rate: of Adam, for the dense parameters.
-        embedding_learning_rate: of the fused row-wise Adagrad, for the tables.
+        embedding_learning_rate: of the tables' optimizer.
+        embedding_optimizer: of the tables, fused into the backward pass. With `adam` they may be
+            data-parallel, and on CPU, where FBGEMM has no fused Adam, they must be:
+            `torch.optim.Adam` trains these, and moves rows that a batch does not read by their
+            momentum, where the fused one leaves them alone.
         shuffle: permute row groups and the rows in them; otherwise the data's order is kept.
         bad_input: raise at values that cannot be trained on, or replace and count them.
         workers: threads that decode ahead; they do not change the order.
@@ -56,6 +60,7 @@ class TrainConfig:
     batch_size: int = 1024
     learning_rate: float = 5e-3
     embedding_learning_rate: float = 2e-2
+    embedding_optimizer: Literal["rowwise_adagrad", "adam"] = "rowwise_adagrad"
     shuffle: bool = False
     bad_input: BadInput = "raise"
     workers: int = 1
@@ -166,6 +171,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.parity_tolerance >= 0:
             raise ValueError(f"parity_tolerance is {self.parity_tolerance}, it must be at least 0")
+        if self.planner.replicates and self.train.embedding_optimizer != "adam":
+            raise ValueError(
+                "data_parallel tables train with the dense optimizer. A run's is Adam, whose "
+                f"states are not those of {self.train.embedding_optimizer}, so they could not move "
+                "to or from other sharding types when the model is planned again: set "
+                "train.embedding_optimizer to adam, or other planner.sharding_types"
+            )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, it must be at least 0")
 

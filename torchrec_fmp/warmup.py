@@ -14,8 +14,8 @@ class Warmup:
     Step i, from 0, has min(1, (i + 1) / (steps + 1)) of the rate.
 
     Args:
-        model: whose tables' optimizer is fused.
-        optimizer: of the other parameters.
+        model: the sharded model, with its fused optimizer.
+        optimizer: of all parameters that are not fused.
         steps: with less than the full rate.
     """
 

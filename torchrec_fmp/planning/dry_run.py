@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from jsonargparse import ArgumentError, ArgumentParser
 
 from torchrec_fmp.config import ConfigError, load_config, read_yaml
 from torchrec_fmp.gates.attach import attach_gates
-from torchrec_fmp.gates.sharded import sharders
+from torchrec_fmp.job import table_sharders
 from torchrec_fmp.planning.planner import planner_for
 from torchrec_fmp.planning.replan import narrowed_planner
 from torchrec_fmp.planning.tables import features_by_table
@@ -100,7 +99,7 @@ def _run_job(request: Request) -> WhatIf:
     planner = planner_for(
         config.planner, tables, config.train.batch_size, _topology(topology_overrides).build()
     )
-    model_sharders = sharders({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD})
+    model_sharders = table_sharders(config.train)
     smaller_model = cut(plain, selection).model
     smaller_planner = narrowed_planner(planner, plain.model, smaller_model)
     return what_if(plain.model, smaller_model, planner, smaller_planner, model_sharders)

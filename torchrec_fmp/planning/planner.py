@@ -27,16 +27,18 @@ class PlannerConfig:
 
     def __post_init__(self) -> None:
         known = [sharding_type.value for sharding_type in ShardingType]
-        asked = [*self.sharding_types, *(t for ts in (self.tables or {}).values() for t in ts)]
-        unknown = [name for name in asked if name not in known]
+        unknown = [name for name in self._asked if name not in known]
         if unknown:
             raise ValueError(f"unknown sharding types {unknown}; TorchRec has {known}")
-        if ShardingType.DATA_PARALLEL.value in asked:
-            raise ValueError(
-                "data_parallel tables train with the dense optimizer. A run's is Adam, whose "
-                "states are not those of its fused row-wise Adagrad, so they could not move to or "
-                "from other sharding types when the model is planned again"
-            )
+
+    @property
+    def _asked(self) -> list[str]:
+        return [*self.sharding_types, *(t for ts in (self.tables or {}).values() for t in ts)]
+
+    @property
+    def replicates(self) -> bool:
+        """Whether a table may be data-parallel, and so left to the dense optimizer."""
+        return ShardingType.DATA_PARALLEL.value in self._asked
 
 
 def make_planner(
