@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NoReturn
 from urllib.parse import quote
 
-import pyarrow.compute as pc
 from tqdm import tqdm
 
 from torchrec_fmp import paths
@@ -24,8 +23,14 @@ from torchrec_fmp.data.prepared import RowConverter, SplitWriter
 from torchrec_fmp.data.raw.avazu import AvazuTable
 from torchrec_fmp.data.raw.criteo import criteo_table
 from torchrec_fmp.data.raw.delimited import CSV, TSV, DelimitedTable, read_names
+from torchrec_fmp.data.raw.erase import (
+    EraseCriteoTable,
+    erase_avazu_table,
+    erase_movielens_table,
+)
 from torchrec_fmp.data.raw.movielens import MovieLensTable
 from torchrec_fmp.data.raw.parquet import ParquetTable, read_schema
+from torchrec_fmp.data.raw.permuted import shuffled
 from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable, list_inputs
 from torchrec_fmp.data.schema import Schema, SparseColumn
 from torchrec_fmp.data.splitting import ColumnSplit, OrderSplit, RowSplit, SeedSplit, TimeSplit
@@ -48,14 +53,20 @@ class PrepareConfig:
         dense: csv, tsv, parquet: columns of numbers.
         sparse: csv, tsv, parquet: columns of values that become ids; without it, all that are left.
         log_dense: whether dense x becomes sign(x) * log(1 + abs(x)).
+        columns: criteo, avazu, movielens: the format's own, or `erase` for those of ERASE's
+            benchmark, all sparse: criteo's integers as buckets; avazu's `hour` as it stands;
+            movielens with timestamp and title, genres as one value, and the rows in its order.
         rating_threshold: movielens: ratings above it are positive.
         min_count: values rarer than this in the training rows share id 0.
         hash_buckets: hash values to this many ids a column instead of building vocabularies.
-        split: how the test split is taken: the last rows (order), the latest rows (time), rows at
-            random (seed), or the rows where `split_column` is 1 (column).
+        split: how the test split is taken: the last rows (order), the last ones after all were
+            permuted by `seed` as pandas' `sample(frac=1)` does it, in memory (shuffle), the latest
+            rows (time), rows at random (seed), or the rows where `split_column` is 1 (column).
         test_fraction: share of the test split; with `column` it has no effect.
+        validation_fraction: order, shuffle: share of the rows before the test split that are
+            written to neither split.
         split_column: csv, tsv, parquet: the column that `time` or `column` reads; no feature.
-        seed: of the split by seed.
+        seed: of the split by seed or shuffle.
         row_group_rows: rows in a row group of the Parquet files.
 
     Raises:
@@ -69,11 +80,13 @@ class PrepareConfig:
     dense: list[str] = field(default_factory=list)
     sparse: list[str] | None = None
     log_dense: bool = True
+    columns: Literal["own", "erase"] = "own"
     rating_threshold: float = 3.0
     min_count: int = 2
     hash_buckets: int | None = None
-    split: Literal["order", "time", "seed", "column"] = "order"
+    split: Literal["order", "shuffle", "time", "seed", "column"] = "order"
     test_fraction: float = 0.1
+    validation_fraction: float = 0.0
     split_column: str | None = None
     seed: int = 0
     row_group_rows: int = 65_536
@@ -89,12 +102,26 @@ class PrepareConfig:
                 raise ValueError(f"{name} is {value}, it must be at least 1")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"test_fraction is {self.test_fraction}, it must be between 0 and 1")
+        self._check_validation()
+        if self.split == "shuffle" and not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, split shuffle takes 0 to {2**32 - 1}")
         if self.format in _FREE_FORMATS:
             self._check_free_columns()
         else:
             self._check_fixed_columns()
 
+    def _check_validation(self) -> None:
+        if not 0 <= self.validation_fraction < 1 - self.test_fraction:
+            raise ValueError(
+                f"validation_fraction is {self.validation_fraction}, it must be at least 0 and "
+                f"leave rows to train on beside the test_fraction {self.test_fraction}"
+            )
+        if self.validation_fraction and self.split not in ("order", "shuffle"):
+            raise ValueError(f"validation_fraction cannot be set with split {self.split}")
+
     def _check_free_columns(self) -> None:
+        if self.columns != "own":
+            raise ValueError(f"columns cannot be {self.columns}: format {self.format} has its own")
         if self.label is None:
             raise ValueError(f"format {self.format} needs the name of the label column: set label")
         reads_column = self.split in ("time", "column")
@@ -112,14 +139,16 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> Schema:
-    """Writes `config.out` and returns its schema; memory does not grow with the number of rows.
+    """Writes `config.out` and returns its schema.
+
+    Memory does not grow with the number of rows, but where they are put into another order.
 
     The directory holds train/ and test/ (Parquet: int8 label, float32 dense, int32 ids, lists of
-    int32 for multivalued columns; rows in the raw order), schema.json, vocabulary/COLUMN.parquet
-    (value, id, count; not when hashing) and prepare.json (config, rows, share of values out of
-    vocabulary). Vocabularies are built on the training rows alone, so that the test split measures
-    what values never seen do. Missing values count as the value "". The directory appears whole,
-    or not at all.
+    int32 for multivalued columns; rows in the order of the raw files, or as they were shuffled),
+    schema.json, vocabulary/COLUMN.parquet (value, id, count; not when hashing) and prepare.json
+    (config, rows, share of values out of vocabulary). Vocabularies are built on the training rows
+    alone, so that the test split measures what values never seen do. Missing values count as the
+    value "". The directory appears whole, or not at all.
 
     Raises:
         DataError: if the raw files cannot be used; names file, column, row and value.
@@ -171,13 +200,20 @@ def _appearing_whole(out: str) -> Iterator[str]:
 
 
 def _open_raw(config: PrepareConfig) -> RawTable:
+    raw = _open_in_order(config)
+    return shuffled(raw, config.seed) if config.split == "shuffle" else raw
+
+
+def _open_in_order(config: PrepareConfig) -> RawTable:
+    erase = config.columns == "erase"
     if config.format == "movielens":
-        return MovieLensTable(config.inputs[0], config.rating_threshold)
+        movielens = erase_movielens_table if erase else MovieLensTable
+        return movielens(config.inputs[0], config.rating_threshold)
     files = list_inputs(config.inputs)
     if config.format == "criteo":
-        return criteo_table(files)
+        return EraseCriteoTable(files) if erase else criteo_table(files)
     if config.format == "avazu":
-        return AvazuTable(files)
+        return erase_avazu_table(files) if erase else AvazuTable(files)
     if config.format == "parquet":
         return ParquetTable(files, _free_columns(config, read_schema(files[0]).names))
     dialect = CSV if config.format == "csv" else TSV
@@ -195,8 +231,8 @@ def _free_columns(config: PrepareConfig, present: tuple[str, ...] | list[str]) -
 
 def _fit_split(config: PrepareConfig, raw: RawTable) -> RowSplit:
     column = config.split_column or raw.columns.time
-    if config.split == "order":
-        return OrderSplit.fit(raw, config.test_fraction)
+    if config.split in ("order", "shuffle"):
+        return OrderSplit.fit(raw, config.test_fraction, config.validation_fraction)
     if config.split == "seed":
         return SeedSplit(config.seed, config.test_fraction)
     assert column is not None
@@ -213,7 +249,7 @@ def _fit_id_maps(config: PrepareConfig, raw: RawTable, split: RowSplit) -> Mappi
     names = dict.fromkeys((*columns.sparse, *split.columns))
     with ThreadPoolExecutor() as pool, _progress("counting values") as progress:
         for chunk in raw.scan(list(names)):
-            train = chunk.rows.filter(pc.invert(split.test_mask(chunk)))
+            train = chunk.rows.filter(split.train_mask(chunk))
             _count(replace(chunk, rows=train), columns.multivalued, counts, pool)
             progress.update(chunk.rows.num_rows)
         vocabularies = pool.map(
@@ -245,9 +281,8 @@ def _write_splits(
         )
         for chunk in raw.scan(list(names)):
             table = converter.convert(chunk, pool)
-            test_mask = split.test_mask(chunk)
-            train.write(table.filter(pc.invert(test_mask)))
-            test.write(table.filter(test_mask))
+            train.write(table.filter(split.train_mask(chunk)))
+            test.write(table.filter(split.test_mask(chunk)))
             progress.update(chunk.rows.num_rows)
     writers = {"train": train, "test": test}
     for name, writer in writers.items():
@@ -255,7 +290,7 @@ def _write_splits(
             raise DataError(
                 f"split {config.split} leaves the {name} split empty",
                 file=raw.files[0],
-                remedy="Change split, test_fraction or split_column.",
+                remedy="Change split, its fractions or split_column.",
             )
     report: dict[str, Any] = {"rows": {name: writer.rows for name, writer in writers.items()}}
     if config.hash_buckets is None:

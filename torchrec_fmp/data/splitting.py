@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import abc
+import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,40 +19,52 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
-class RowSplit(Protocol):
+class RowSplit(abc.ABC):
     """Which rows are the test split; a pure function of the row, however the rows are chunked."""
 
     @property
+    @abc.abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns that `test_mask` reads."""
+        """The columns that the masks read."""
 
+    @abc.abstractmethod
     def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
         """True for the chunk's rows that belong to the test split."""
 
+    def train_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        """True for the chunk's rows that belong to the train split."""
+        return pc.invert(self.test_mask(chunk))
+
 
 @dataclass(frozen=True)
-class OrderSplit:
-    """The last rows are the test split.
+class OrderSplit(RowSplit):
+    """The first rows are the train split, the last ones the test split.
 
     Args:
-        train_rows: number of rows before the first test row.
+        train_rows: number of rows of the train split.
+        test_start: position of the first test row; rows before it may be in neither split.
     """
 
     train_rows: int
+    test_start: int
     columns: tuple[str, ...] = ()
 
     @staticmethod
-    def fit(raw: RawTable, test_fraction: float) -> OrderSplit:
-        """Counts the rows."""
+    def fit(raw: RawTable, test_fraction: float, validation_fraction: float = 0.0) -> OrderSplit:
+        """Counts the rows; those of validation, rounded up, are in neither split."""
         rows = raw.count_rows()
-        return OrderSplit(rows - round(test_fraction * rows))
+        test_start = rows - round(test_fraction * rows)
+        return OrderSplit(test_start - math.ceil(validation_fraction * rows), test_start)
 
     def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
-        return pa.array(_positions(chunk) >= self.train_rows)
+        return pa.array(_positions(chunk) >= self.test_start)
+
+    def train_mask(self, chunk: RawChunk) -> pa.BooleanArray:
+        return pa.array(_positions(chunk) < self.train_rows)
 
 
 @dataclass(frozen=True)
-class TimeSplit:
+class TimeSplit(RowSplit):
     """The rows later than the last training time are the test split, wherever they stand.
 
     Times are compared as integers if all of them are, else as numbers, else as text (which is right
@@ -93,7 +106,7 @@ class TimeSplit:
 
 
 @dataclass(frozen=True)
-class SeedSplit:
+class SeedSplit(RowSplit):
     """Each row is in the test split with the same probability, by a hash of its position."""
 
     seed: int
@@ -108,7 +121,7 @@ class SeedSplit:
 
 
 @dataclass(frozen=True)
-class ColumnSplit:
+class ColumnSplit(RowSplit):
     """A column says it: 1 is test, 0 is train."""
 
     column: str

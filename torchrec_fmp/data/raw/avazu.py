@@ -11,7 +11,7 @@ import pyarrow as pa
 from torchrec_fmp.data.raw.delimited import CSV, DelimitedTable
 from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable
 
-_SITE_AND_DEVICE = (
+SITE_AND_DEVICE = (
     "C1 banner_pos site_id site_domain site_category app_id app_domain app_category "
     "device_id device_ip device_model device_type device_conn_type "
     "C14 C15 C16 C17 C18 C19 C20 C21"
@@ -28,7 +28,7 @@ class AvazuTable(RawTable):
         columns = RawColumns(
             label="click",
             dense=(),
-            sparse=("hour_of_day", "weekday", *_SITE_AND_DEVICE),
+            sparse=("hour_of_day", "weekday", *SITE_AND_DEVICE),
             time="hour",
         )
         self._table = DelimitedTable(files, CSV, columns)

@@ -54,16 +54,22 @@ class MovieLensTable(RawTable):
 
     The label is whether the rating exceeds the threshold. `genres` is multivalued.
 
+    Args:
+        directory: of the release.
+        rating_threshold: ratings above it are positive.
+        as_written: whether the columns are those of the files, with the timestamp, the title in the
+            place of the release year, and the genres of a movie as one value.
+
     Raises:
         DataError: if the directory is not a MovieLens release, or one of its files is damaged.
     """
 
-    def __init__(self, directory: str, rating_threshold: float) -> None:
+    def __init__(self, directory: str, rating_threshold: float, as_written: bool = False) -> None:
         kind = _release_kind(directory)
         ratings, movies, users = (
             paths.join(directory, f"{name}.{kind}") for name in ("ratings", "movies", "users")
         )
-        self._lookups = [_read_movies(movies)]
+        self._lookups = [_read_movies(movies, as_written)]
         if paths.exists(users):
             self._lookups.append(_read_users(users))
         self._columns = RawColumns(
@@ -72,9 +78,10 @@ class MovieLensTable(RawTable):
             sparse=(
                 "user_id",
                 "movie_id",
+                *(("timestamp",) if as_written else ()),
                 *(name for lookup in self._lookups for name in lookup.features),
             ),
-            multivalued=frozenset(["genres"]),
+            multivalued=frozenset() if as_written else frozenset(["genres"]),
             time="timestamp",
         )
         self._rating_threshold = rating_threshold
@@ -123,8 +130,11 @@ def _release_kind(directory: str) -> str:
     )
 
 
-def _read_movies(file: str) -> _Lookup:
+def _read_movies(file: str, as_written: bool) -> _Lookup:
     ids, titles, genres = _read_columns(file, 3)
+    if as_written:
+        columns = {"title": pa.array(titles, pa.string()), "genres": pa.array(genres, pa.string())}
+        return _Lookup(file, "movie_id", pa.array(ids, pa.string()), columns)
     years = [match[1] if (match := _RELEASE_YEAR.search(title)) else "" for title in titles]
     features = {
         "genres": pa.array([text.split("|") for text in genres], pa.list_(pa.string())),
