@@ -190,6 +190,12 @@ def _quiet_libraries() -> None:
     # TorchRec's advice to its own developers, on every plan and every sharded module.
     for name in ("torchrec", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """TorchRec's planner warns, by the root logger, of each data-parallel table in every plan."""
+    return not record.getMessage().startswith("Sharding spec not found")
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,18 @@ def test_a_whole_run_learns_and_every_rank_decides_alike(
         assert result["metrics"] == outcomes[0][0]["metrics"]
         assert result["metrics"]["final"]["auc"] > 0.7
         assert result["bytes"]["after"] < result["bytes"]["before"]
+
+
+def test_the_planners_warnings_of_data_parallel_tables_are_not_shown(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torchrec_fmp.cli", "run", config_with(tmp_path)]
+    shown = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "Sharding spec" not in shown.stderr
 
 
 def refused(config_path: str) -> str:
