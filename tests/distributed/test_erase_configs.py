@@ -20,6 +20,7 @@ from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.result import result_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+NAMES = ["erase_movielens", "erase_criteo", "erase_avazu"]
 ROWS = 1000
 # Of the smaller data, so that there are some steps of each phase.
 SMALL = ["--train.batch_size", "64", "--pretrain.batch_size", "8"]
@@ -88,7 +89,13 @@ def test_the_configuration_runs_on_what_its_command_prepares(
     assert all(0 <= metrics["auc"] <= 1 for metrics in result["metrics"].values())
 
 
-@pytest.mark.parametrize("name", ["erase_movielens", "erase_criteo", "erase_avazu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_docs_give_the_command_of_the_configuration(name: str) -> None:
+    docs = (CONFIGS.parent / "docs" / "erase.md").read_text()
+    assert shlex.join(["torchrec-fmp", *prepare_command(CONFIGS / f"{name}.yaml")]) in docs
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_protocol_is_erases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / name).mkdir(parents=True)
