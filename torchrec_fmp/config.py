@@ -80,27 +80,28 @@ class PretrainConfig:
     Args:
         fraction: of the training rows; not used where `samples` is given.
         samples: training rows, over all ranks; rounded down to whole batches of every rank.
-        batch_size: rows a step on each rank; many small steps move the gates further.
+        batch_size: rows a step on each rank; by default as in training. Smaller ones move the
+            gates further on the same rows, and take longer.
         subset: which rows; the others are for going on.
     """
 
     fraction: float = 0.2
     samples: int | None = None
-    batch_size: int = 128
+    batch_size: int | None = None
     subset: Subset = field(default_factory=Random)
 
     def __post_init__(self) -> None:
-        check_positive(self, "pretrain", "fraction", "batch_size")
+        check_positive(self, "pretrain", "fraction")
         if self.fraction > 1:
             raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
-        if self.samples is not None and self.samples < 1:
-            raise ValueError(f"pretrain.samples is {self.samples}, it must be at least 1")
+        for name in ("samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"pretrain.{name} is {value}, it must be at least 1")
 
-    def rows_of(self, rows: int, world_size: int) -> int:
-        """How many of `rows` training rows are for pretraining, in whole batches of every rank."""
-        wanted = int(self.fraction * rows) if self.samples is None else self.samples
-        step = self.batch_size * world_size
-        return wanted // step * step
+    def rows_of(self, rows: int) -> int:
+        """How many of `rows` training rows are for pretraining."""
+        return int(self.fraction * rows) if self.samples is None else self.samples
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,11 @@ class RunConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, it must be at least 0")
+
+    @property
+    def pretrain_batch_size(self) -> int:
+        """Rows a step of pretraining on each rank."""
+        return self.pretrain.batch_size or self.train.batch_size
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, str]:

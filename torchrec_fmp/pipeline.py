@@ -96,12 +96,13 @@ class Pipeline:
         self._test_source = config.data.source("test")
         self._rows = self._reader(self._train_source, self._schema).rows
         rows = sum(group.rows for group in self._train_source.row_groups)
-        self._pretrain_rows = config.pretrain.rows_of(rows, ranks.world_size)
+        step = config.pretrain_batch_size * ranks.world_size
+        self._pretrain_rows = config.pretrain.rows_of(rows) // step * step
         rest = (rows - self._pretrain_rows) // ranks.world_size
         if self._pretrain_rows == 0 or rest < config.train.batch_size:
             raise ValueError(
                 f"of {rows} rows, {self._pretrain_rows} are for pretraining in batches of "
-                f"{config.pretrain.batch_size} on each of {ranks.world_size} ranks, and each has "
+                f"{config.pretrain_batch_size} on each of {ranks.world_size} ranks, and each has "
                 f"{rest} for going on in batches of {config.train.batch_size}: give more rows, a "
                 "smaller batch_size, or another pretrain.fraction or pretrain.samples"
             )
@@ -177,7 +178,7 @@ class Pipeline:
         )
 
     def _pretraining(self, job: Job) -> Pretraining:
-        batch_size, world_size = self._config.pretrain.batch_size, self._ranks.world_size
+        batch_size, world_size = self._config.pretrain_batch_size, self._ranks.world_size
         chosen, rest = self._chosen_and_rest
 
         def read(start: int, stop: int) -> Iterator[Batch]:

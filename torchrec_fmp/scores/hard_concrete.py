@@ -32,7 +32,7 @@ class HardConcreteScorer(Scorer):
     def __init__(
         self,
         penalty: Penalty | None = None,
-        learning_rate: float = 5e-2,
+        learning_rate: float = 0.1,
         open_fraction: float = 0.4,
         ramp_fraction: float = 0.1,
     ) -> None:

@@ -39,9 +39,7 @@ class ShuffleGateScorer(Scorer):
         ValueError: if the learning rate is not positive or `every` is below 1.
     """
 
-    def __init__(
-        self, learning_rate: float = 1e-2, penalty: float = 1e-2, every: int = 1
-    ) -> None:
+    def __init__(self, learning_rate: float = 1e-2, penalty: float = 1e-2, every: int = 1) -> None:
         check_learning(learning_rate, every)
         self.learning_rate = learning_rate
         self.penalty = penalty
