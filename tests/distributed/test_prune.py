@@ -41,6 +41,7 @@ from torchrec_fmp.gates.sharded import sharders
 from torchrec_fmp.planning.planner import PlannerConfig, describe_plan, make_planner
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pruning import Manifest, prune
+from torchrec_fmp.reshard.local_shards import kernels, sharded_collections
 from torchrec_fmp.surgery.blueprint import blueprint
 from torchrec_fmp.surgery.cut import cut
 
@@ -268,6 +269,27 @@ def test_a_pruned_model_can_be_pruned_again(ranks: ProcessGroup) -> None:
         assert (expected - actual).abs().max() <= TOLERANCE
         assert not any("t_seven" in name for name in names)
         assert any("t_shared" in name for name in names)
+
+
+def fused_steps(dmp: DistributedModelParallel) -> set[int]:
+    """The steps that this rank's tables' optimizers count to."""
+    return {
+        int(kernel.emb_module.iter.item())
+        for collection in sharded_collections(dmp).values()
+        for kernel in kernels(collection)
+    }
+
+
+def counted_steps() -> tuple[set[int], set[int]]:
+    """Of the old and the pruned model, which were compared on a batch."""
+    dmp, optimizer = trained(Case())
+    pruned = prune(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=batch(7)).model
+    return fused_steps(dmp), fused_steps(pruned)
+
+
+def test_the_comparison_is_no_step_of_the_fused_optimizers(ranks: ProcessGroup) -> None:
+    for old, new in ranks.run(counted_steps):
+        assert old == new == {3}
 
 
 def cut_digest(gates: Mapping[str, float]) -> str:

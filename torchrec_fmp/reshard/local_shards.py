@@ -123,11 +123,16 @@ def local_shards(collection: ShardedCollection) -> Iterator[LocalShard]:
     Raises:
         TypeError: for a compute kernel other than fused (with or without UVM) and dense.
     """
+    for kernel in kernels(collection):
+        yield from _shards_of_kernel(kernel)
+
+
+def kernels(collection: ShardedCollection) -> Iterator[Any]:
+    """The modules that run a collection's lookups, which `modules()` does not find."""
     for lookup in collection._lookups:
         while isinstance(lookup, DistributedDataParallel):
             lookup = lookup.module
-        for kernel in lookup._emb_modules:
-            yield from _shards_of_kernel(kernel)
+        yield from lookup._emb_modules
 
 
 def _shards_of_kernel(kernel: Any) -> Iterator[LocalShard]:

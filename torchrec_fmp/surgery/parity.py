@@ -9,9 +9,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
-    SplitTableBatchedEmbeddingBagsCodegen,
-)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
@@ -22,7 +19,12 @@ from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.gates.collections import feature_names
 from torchrec_fmp.gates.scale import scale_keys, scale_sequences
 from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.reshard.local_shards import ShardedCollection, sharded_collections, tables_of
+from torchrec_fmp.reshard.local_shards import (
+    ShardedCollection,
+    kernels,
+    sharded_collections,
+    tables_of,
+)
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -62,10 +64,10 @@ def steps_uncounted(model: nn.Module) -> Iterator[None]:
     """
     counters = [
         (counter, counter.clone())
-        for module in model.modules()
-        if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen)
+        for collection in sharded_collections(model).values()
+        for kernel in kernels(collection)
         for name in ("iter", "iter_cpu")
-        if (counter := getattr(module, name, None)) is not None
+        if (counter := getattr(kernel.emb_module, name, None)) is not None
     ]
     try:
         yield
