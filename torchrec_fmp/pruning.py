@@ -20,8 +20,11 @@ from torchrec.distributed.embedding_types import ShardedEmbeddingModule
 from torchrec.distributed.model_parallel import DistributedModelParallel, get_unwrapped_module
 
 from torchrec_fmp.agreement import Lease, all_or_none, largest, watched
-from torchrec_fmp.gates.gated import GatedDense
-from torchrec_fmp.gates.sharded import ShardedGatedCollection
+from torchrec_fmp.gates.attach import attach_gates, feature_gates
+from torchrec_fmp.gates.feature_gates import GateConfig
+from torchrec_fmp.gates.gated import GatedCollection
+from torchrec_fmp.gates.names import ungated_fqn, wrapped_modules
+from torchrec_fmp.gates.step_counter import StepCounter
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.planning.choice import Planner
 from torchrec_fmp.planning.replan import Replan
@@ -34,6 +37,7 @@ from torchrec_fmp.reshard.local_shards import local_shards, sharded_collections
 from torchrec_fmp.reshard.reshard import MoveConfig, check_layouts, reshard_tables
 from torchrec_fmp.reshard.staging import HostStage, release
 from torchrec_fmp.reshard.tables import tables
+from torchrec_fmp.surgery.compiled import bare_fqn, compiled, uncompiled
 from torchrec_fmp.surgery.parity import Forward, compare, outputs_after, outputs_before
 
 _logger = logging.getLogger(__name__)
@@ -68,14 +72,16 @@ def prune(
     replan: Replan = "auto",
     steps_left: int | None = None,
     move: MoveConfig | None = None,
+    gates: GateConfig | None = None,
 ) -> Pruned:
     """Drops the features that the selection drops, and everything that only they needed.
 
     Collective: every rank of the model's process group calls it. TorchRec's planner makes a new
     plan; tables, their fused optimizer state, dense parameters and the state of `optimizer` move to
-    their new places. The new model holds plain TorchRec modules under the original fqns. What
-    `torch.compile` wraps is wrapped again with the same backend and options and compiles anew;
-    modules compiled in place by `module.compile()` are plain afterwards, with a warning.
+    their new places. The new model holds plain TorchRec modules under the original fqns, or gated
+    ones where `gates` are given. What `torch.compile` wraps is wrapped again with the same backend
+    and options and compiles anew; modules compiled in place by `module.compile()` are plain
+    afterwards, with a warning.
 
     Args:
         model: the sharded model, gated or not. Free it afterwards; until then it can be used,
@@ -98,6 +104,9 @@ def prune(
         steps_left: that are to be trained, which `auto` holds against the time of the move; None
             if unknown, which counts as many.
         move: how tables move.
+        gates: of the new model, which is to be pruned again; None for none. They are new, exactly
+            open, on every sparse feature and on the dense columns that had gates, and not in the
+            optimizer. Their noise goes on where that of the old gates ended.
 
     Raises:
         ParityError: if the outputs differ by more than the tolerance on any rank.
@@ -109,7 +118,8 @@ def prune(
             parameters anywhere but in its param groups.
         ValueError: if the selection does not fit the model, or the optimizer does not, or the
             planner is for other ranks, or TorchRec would pool a table differently under its plan,
-            or the old model's output on the batch is not finite.
+            or the old model's output on the batch is not finite, or the model was sharded without
+            `torchrec_fmp.sharders` and the new one is to have gates.
     """
     move = move or MoveConfig()
     work = prepare(
@@ -119,7 +129,7 @@ def prune(
         replan=replan,
         steps_left=steps_left,
         move=move,
-        also=(tolerance, batch is None),
+        also=(tolerance, batch is None, gates),
     )
     cut_map, sources = work.smaller.cut_map, work.blueprint.sources
     with all_or_none("checking the optimizer", work.group, move.timeout):
@@ -130,7 +140,7 @@ def prune(
     if batch is not None:
         expected = _outputs_before(work, selection, batch, forward)
     with _Room(work, move) as room:
-        new = _build(work, move)
+        new = _build(work, move, gates)
         filled = tables(new, work.group, move.timeout)
         with all_or_none("matching the optimizers' states", work.group, move.timeout):
             cross = crossing(room.old, filled, cut_map, optimizer, model, sources)
@@ -192,7 +202,7 @@ class _Room:
             self._stage.restore()
 
 
-def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
+def _build(work: Work, move: MoveConfig, gates: GateConfig | None) -> DistributedModelParallel:
     """The smaller model with its dense weights, sharded by the new plan; tables are not filled."""
     model = work.model
     with all_or_none("cutting the dense parameters", work.group, move.timeout):
@@ -208,7 +218,7 @@ def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
     with torch.random.fork_rng(devices, device_type=model.device.type):
         with all_or_none("building the smaller model", work.group, move.timeout):
             new = DistributedModelParallel(
-                work.smaller.model,
+                work.smaller.model if gates is None else _gated(work, gates),
                 env=model._env,
                 device=model.device,
                 plan=work.manifest.plans[1],
@@ -218,6 +228,32 @@ def _build(work: Work, move: MoveConfig) -> DistributedModelParallel:
             )
         new.init_data_parallel()
     return new
+
+
+def _gated(work: Work, config: GateConfig) -> nn.Module:
+    """The smaller model with open gates, whose noise goes on where the old ones' has ended."""
+    if not any(issubclass(s.module_type, GatedCollection) for s in work.model.sharders):
+        raise ValueError(
+            "the model was sharded without sharders of gated collections, which the new gates "
+            "need: shard it with torchrec_fmp.sharders()"
+        )
+    # What compiles a module is bound to it, whatever takes its place.
+    model, wrappers = uncompiled(work.smaller.model)
+    dense = {bare_fqn(fqn): names for fqn, names in work.manifest.dense_columns.items()}
+    model = compiled(attach_gates(model, config, dense), wrappers)
+    for _, module in feature_gates(model):
+        module.set_open(True)
+    old_steps = _step_counters(work.model)
+    for fqn, counter in _step_counters(model).items():
+        if fqn in old_steps:
+            counter.value = old_steps[fqn].value
+    return model
+
+
+def _step_counters(model: nn.Module) -> dict[str, StepCounter]:
+    """Those of the gated modules, by fqn."""
+    modules = get_unwrapped_module(model).named_modules()
+    return {fqn: module for fqn, module in modules if isinstance(module, StepCounter)}
 
 
 def dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
@@ -299,17 +335,12 @@ def _together(what: str, work: Work, outputs: Callable[[], list[Tensor]]) -> lis
 
 def _restore_modes(old: nn.Module, new: nn.Module) -> None:
     """Each module trains or evaluates as the old one of its fqn, and a new one as the model."""
-    modes: dict[str, bool] = {}
-    inner: dict[str, str] = {}
-    for fqn, module in get_unwrapped_module(old).named_modules():
-        if isinstance(module, (ShardedGatedCollection, GatedDense)):
-            name = module.inner if isinstance(module, ShardedGatedCollection) else "_module"
-            inner[f"{fqn}.{name}"] = fqn
-        for wrapped, plain in inner.items():
-            if fqn == wrapped or fqn.startswith(f"{wrapped}."):
-                fqn = plain + fqn[len(wrapped) :]
-                break
-        modes[fqn] = module.training
+    wrapped = wrapped_modules(old)
+    modes = {
+        ungated_fqn(fqn, wrapped): module.training
+        for fqn, module in get_unwrapped_module(old).named_modules()
+    }
     new.train(old.training)
+    wrapped = wrapped_modules(new)
     for fqn, module in get_unwrapped_module(new).named_modules():
-        module.training = modes.get(fqn, old.training)
+        module.training = modes.get(ungated_fqn(fqn, wrapped), old.training)

@@ -61,8 +61,8 @@ def _chunks(tensor_BW: Tensor) -> list[slice]:
 
 def _multiply(values_BW: Tensor, gates: Tensor, lengths: Sequence[int], out: Tensor) -> Tensor:
     """`out`, filled with each key's columns times its gate; gates are (K,) or (B, K)."""
-    if len(set(lengths)) == 1:
-        shape = (len(values_BW), len(lengths), lengths[0])
+    if len(set(lengths)) <= 1:
+        shape = (len(values_BW), len(lengths), max(lengths, default=0))
         torch.mul(values_BW.reshape(shape), gates.unsqueeze(-1), out=out.view(shape))
         return out
     key_of_column = tuple(key for key, length in enumerate(lengths) for _ in range(length))
@@ -72,8 +72,8 @@ def _multiply(values_BW: Tensor, gates: Tensor, lengths: Sequence[int], out: Ten
 
 def _dot_per_key(left_BW: Tensor, right_BW: Tensor, lengths: Sequence[int]) -> Tensor:
     """Dot products over each key's columns, (B, K)."""
-    if len(set(lengths)) == 1:
-        shape = (len(left_BW), len(lengths), lengths[0])
+    if len(set(lengths)) <= 1:
+        shape = (len(left_BW), len(lengths), max(lengths, default=0))
         return torch.linalg.vecdot(left_BW.reshape(shape), right_BW.reshape(shape))
     pairs = zip(left_BW.split(list(lengths), 1), right_BW.split(list(lengths), 1), strict=True)
     return torch.stack([torch.linalg.vecdot(left, right) for left, right in pairs], dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,10 +21,12 @@ from torchrec.optim.keyed import (
 )
 from torchrec.optim.warmup import WarmupOptimizer
 
+from torchrec_fmp.gates.names import gated_fqn, wrapped_modules
 from torchrec_fmp.reshard.dense import check_state, cut_state
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class Place(NamedTuple):
@@ -37,6 +39,8 @@ class Place(NamedTuple):
 @dataclass(frozen=True)
 class Crossed:
     """Tables of the dense optimizer, before or after, that are placed anew. All by the fqn after.
+
+    That is the fqn in the bare new model.
 
     Args:
         states: what the optimizer keeps of each table that it has now.
@@ -117,7 +121,8 @@ def carry_optimizer(
     parameter that is not cut may have any), and TorchRec's `KeyedOptimizerWrapper`,
     `CombinedOptimizer`, `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters
     that do not survive, such as gates, are left out. The keys of a `KeyedOptimizer` stay, but where
-    they end in the parameter's fqn, which is replaced by the new one.
+    they end in the parameter's fqn, which is replaced by the new one. Gates of the new model are
+    left out, too.
 
     Args:
         optimizer: of the old model.
@@ -137,8 +142,15 @@ def carry_optimizer(
         TypeError: as `check_optimizer`.
     """
     check_optimizer(optimizer, old, cut_map, sources)
+    wrapped = wrapped_modules(new)
+    cuts = _renamed(cut_map.tensors, wrapped)
     crossed = crossed or Crossed()
-    successors = _successors(old, new, cut_map, sources, crossed)
+    crossed = Crossed(
+        _renamed(crossed.states, wrapped),
+        _renamed(crossed.groups, wrapped),
+        frozenset(gated_fqn(fqn, wrapped) for fqn in crossed.left),
+    )
+    successors = _successors(old, new, cuts, sources, crossed)
     parameters = dict(new.named_parameters())
     arrivals = [_Arrival(fqn, parameters[fqn], group) for fqn, group in crossed.groups.items()]
     prepared = _prepare(optimizer, (old, new), successors, arrivals, crossed.states)
@@ -158,6 +170,11 @@ def carry_optimizer(
     return commit
 
 
+def _renamed(by_fqn: Mapping[str, _T], wrapped: Mapping[str, str]) -> dict[str, _T]:
+    """The same by the fqns of the new model, which may have gates."""
+    return {gated_fqn(fqn, wrapped): value for fqn, value in by_fqn.items()}
+
+
 class _Successor(NamedTuple):
     """What becomes of a parameter, with its fqns."""
 
@@ -170,15 +187,18 @@ class _Successor(NamedTuple):
 def _successors(
     old: DistributedModelParallel,
     new: DistributedModelParallel,
-    cut_map: CutMap,
+    cuts: Mapping[str, TensorCut],
     sources: Mapping[str, str],
     crossed: Crossed,
 ) -> dict[Tensor, _Successor]:
-    """Parameter of the old model -> its successor, but for tables that a fused optimizer has."""
+    """Parameter of the old model -> its successor, but for tables that a fused optimizer has.
+
+    `cuts` and `crossed` are by the fqns of `new`.
+    """
     before = dict(old.named_parameters())
     found = {}
     for fqn, parameter in new.named_parameters():
-        tensor_cut = cut_map.tensors.get(fqn)
+        tensor_cut = cuts.get(fqn)
         if tensor_cut is None or fqn in crossed.groups or fqn in crossed.left:
             continue
         old_fqn = sources[tensor_cut.source]

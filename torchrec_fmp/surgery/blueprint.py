@@ -23,6 +23,7 @@ from torchrec.types import CacheMixin
 
 from torchrec_fmp.gates.collections import sequence_options, table_weight
 from torchrec_fmp.gates.gated import GatedCollection, GatedDense
+from torchrec_fmp.gates.names import gated_fqn, wrapped_modules
 from torchrec_fmp.gates.sharded import ShardedGatedCollection
 from torchrec_fmp.surgery.compiled import compilers
 from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
@@ -63,13 +64,10 @@ def blueprint(model: nn.Module) -> Blueprint:
     }
     memo |= {id(compiler): compiler for compiler in compilers(module)}
     dense_features = {}
-    inner: dict[str, str] = {}
     for fqn, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, (GatedCollection, ShardedGatedCollection)):
-            inner[fqn] = child.inner
             memo[id(child)] = _unsharded(child.collection, fqn, memo)
         elif isinstance(child, GatedDense):
-            inner[fqn] = "_module"
             dense_features[fqn] = child.gates.features
             memo[id(child)] = copy.deepcopy(child._module, memo)
         elif isinstance(child, ShardedEmbeddingModule):
@@ -84,7 +82,7 @@ def blueprint(model: nn.Module) -> Blueprint:
     for child in bare.modules():
         if isinstance(child, CacheMixin):
             child.clear_cache()
-    return Blueprint(bare, dense_features, _sources(bare, inner))
+    return Blueprint(bare, dense_features, _sources(bare, wrapped_modules(module)))
 
 
 def _unsharded(collection: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Module:
@@ -136,14 +134,7 @@ def _unsharded_sequences(sharded: ShardedEmbeddingCollection, fqn: str) -> Embed
     return collection
 
 
-def _sources(bare: nn.Module, inner: Mapping[str, str]) -> dict[str, str]:
-    sources = {}
+def _sources(bare: nn.Module, wrapped: Mapping[str, str]) -> dict[str, str]:
     names = [name for name, _ in bare.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in bare.named_buffers(remove_duplicate=False)]
-    for name in names:
-        source = name
-        for fqn, attribute in inner.items():
-            if name.startswith(f"{fqn}."):
-                source = f"{fqn}.{attribute}{name[len(fqn) :]}"
-        sources[name] = source
-    return sources
+    return {name: gated_fqn(name, wrapped) for name in names}
