@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from torchrec_fmp import data, models, paths, policies, scores
+from torchrec_fmp import data, models, paths, policies, schedules, scores
 from torchrec_fmp.data.columns import BadInput
 from torchrec_fmp.data.dataset import Dataset
 from torchrec_fmp.data.subset import Random, Subset
@@ -29,6 +29,8 @@ from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import Policy
 from torchrec_fmp.reshard.reshard import MoveConfig
+from torchrec_fmp.schedules.one_shot import OneShot
+from torchrec_fmp.schedules.schedule import Schedule
 from torchrec_fmp.scores.hard_concrete import HardConcreteScorer
 from torchrec_fmp.scores.scorer import Scorer
 
@@ -144,6 +146,7 @@ class RunConfig:
         pretrain: the rows that features are scored on.
         scorer: what scores them; by default, gates that are trained with the model.
         policy: which features go.
+        schedule: in one prune, or in several with training in between.
         parity_tolerance: largest difference allowed between gated and pruned logits.
         train: both phases' training.
         planner: what TorchRec's planner may choose from.
@@ -160,6 +163,7 @@ class RunConfig:
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     scorer: Scorer = field(default_factory=HardConcreteScorer)
     policy: Policy = field(default_factory=ClosedGates)
+    schedule: Schedule = field(default_factory=OneShot)
     parity_tolerance: float = 1e-6
     train: TrainConfig = field(default_factory=TrainConfig)
     planner: PlannerConfig = field(default_factory=PlannerConfig)
@@ -181,6 +185,12 @@ class RunConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, it must be at least 0")
+        if self.continuation.start == "rewound" and self.schedule.prunes > 1:
+            raise ValueError(
+                f"continuation.start is rewound and the schedule has {self.schedule.prunes} "
+                "prunes: the weights of an early step belong to a model before the last prune. Use "
+                "start: carried or reinitialized, or the schedule OneShot"
+            )
 
     @property
     def pretrain_batch_size(self) -> int:
@@ -246,11 +256,11 @@ def _import_all(package: ModuleType) -> None:
 
 
 # What YAML names by class.
-_NAMED_BASES = (Dataset, Subset, Backbone, Penalty, Policy, Scorer)
+_NAMED_BASES = (Dataset, Subset, Backbone, Penalty, Policy, Schedule, Scorer)
 
 
 def _parser() -> ArgumentParser:
-    for package in (data, models, policies, scores):
+    for package in (data, models, policies, schedules, scores):
         _import_all(package)
     parser = ArgumentParser(prog="torchrec-fmp run", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
@@ -259,6 +269,7 @@ def _parser() -> ArgumentParser:
         {
             "policy": {"class_path": _class_path(ClosedGates)},
             "pretrain.subset": {"class_path": _class_path(Random)},
+            "schedule": {"class_path": _class_path(OneShot)},
             "scorer": {"class_path": _class_path(HardConcreteScorer)},
         }
     )

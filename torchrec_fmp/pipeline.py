@@ -1,13 +1,15 @@
-"""The three phases on one data set: pretrain with gates, prune, continue."""
+"""The three phases on one data set: pretrain with gates, prune, continue.
+
+With a schedule of several prunes, the first two come in turn, each on its part of the rows.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import chain
 
@@ -19,20 +21,22 @@ from torchrec_fmp.config import RunConfig
 from torchrec_fmp.data.dataset import Source
 from torchrec_fmp.data.reader import Reader
 from torchrec_fmp.data.schema import Schema
+from torchrec_fmp.gates.attach import feature_gates
 from torchrec_fmp.job import Job, build_job
 from torchrec_fmp.manifest import Manifest
 from torchrec_fmp.metrics import Metrics, Predictions, predict
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.models.backbone import table_name
-from torchrec_fmp.planning.costs import table_costs
+from torchrec_fmp.outcome import Outcome
+from torchrec_fmp.planning.costs import TableCost, table_costs
 from torchrec_fmp.planning.planner import make_planner, run_topology
-from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.pretraining import Pretraining
 from torchrec_fmp.pruning import prune
 from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.rewinding import Snapshot
 from torchrec_fmp.run_directory import RunDirectory
+from torchrec_fmp.schedules.schedule import decide_prune
 from torchrec_fmp.scores.feature_scores import FeatureScores
 from torchrec_fmp.scores.size_curve import with_losses
 from torchrec_fmp.train import Progress, Steps, total_progress, train
@@ -41,35 +45,14 @@ from torchrec_fmp.warmup import Warmup
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Everything that a run measured; the `full` ones are of the reference model, None without it.
-
-    Args:
-        selection: the decisions.
-        manifest: what the prune did.
-        metrics: of the test split, by full, pruned and final.
-        progress: of training, by full, pretrain and continue.
-        seconds: wall time by phase: full, pretrain, prune and continue, without evaluations.
-        replaced: (column, problem) -> bad values replaced in all reading, over all ranks.
-    """
-
-    selection: Selection
-    manifest: Manifest
-    metrics: dict[str, Metrics] = field(default_factory=dict)
-    progress: dict[str, Progress] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    replaced: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-
 class Pipeline:
     """One run: its data and its phases.
 
     Args:
         config: what to run.
         ranks: the process group.
-        directory: gets metrics.jsonl, selection.json and manifest.json, each as soon as it is
-            known; None for none.
+        directory: gets metrics.jsonl, selection.json and manifest.json (those of prunes before the
+            last as selection-1.json and so on), each as soon as it is known; None for none.
         on_predictions: gets the name of a model (full, pruned or final) and what it predicts for
             the test split, the same rows in the same order for every model and seed.
 
@@ -106,11 +89,25 @@ class Pipeline:
                 f"{rest} for going on in batches of {config.train.batch_size}: give more rows, a "
                 "smaller batch_size, or another pretrain.fraction or pretrain.samples"
             )
+        if self._prune_rows == 0:
+            raise ValueError(
+                f"the {self._pretrain_rows} rows of pretraining are not a batch of "
+                f"{config.pretrain_batch_size} on each of {ranks.world_size} ranks for each of "
+                f"{config.schedule.prunes} prunes: give more rows, a smaller pretrain.batch_size, "
+                "or fewer prunes"
+            )
         tables = [table_name(name) for name in self._schema.sparse_names]
         self._planner = make_planner(
             config.planner, tables, config.train.batch_size, ranks.device.type
         )
         self._snapshot: Snapshot | None = None
+        self._selection: Selection | None = None
+        self._manifests: list[Manifest] = []
+        self._pretrained: list[Progress] = []
+        self._trained_rows = 0
+        # Of the first model, by which every prune decides.
+        self._prices: dict[str, Mapping[str, float]] = {}
+        self._table_costs: list[TableCost] | None = None
         self._metrics: dict[str, Metrics] = {}
         self._progress: dict[str, Progress] = {}
         self._seconds: dict[str, float] = {}
@@ -126,38 +123,50 @@ class Pipeline:
         if self._config.reference:
             self._run_reference()
         job = self._build(gated=True)
-        with self._timed("pretrain"):
-            pretraining = self._pretraining(job)
-            scores = self._config.scorer.score(pretraining)
-            scores = with_losses(scores, self._config.policy, pretraining)
-        self._take_snapshot(job, pretraining.trained_rows // pretraining.batch_size)
-        self._progress["pretrain"] = total_progress(pretraining.progress)
-        trained_rows = pretraining.trained_rows
-        with self._timed("prune"):
-            selection = self._decide(scores, job)
-            self._rewind(job, pretraining)
-            # It holds the gated model, which is to be freed.
-            del pretraining
-            job, manifest = self._prune(job, selection, trained_rows)
-            if self._config.continuation.start == "reinitialized":
-                kept = job.schema
-                del job
+        for number in range(1, self._config.schedule.prunes + 1):
+            job = self._pretrain_and_prune(job, number)
+        if self._config.continuation.start == "reinitialized":
+            kept = job.schema
+            del job
+            with self._timed("prune"):
                 job = self._build(gated=False, schema=kept)
         self._evaluate(job, "pruned")
         with self._timed("continue"):
-            readers = self._continued(job.schema, trained_rows)
             steps = self._config.continuation.warmup_steps
             warmup = Warmup(job.model, job.optimizer, steps) if steps else None
-            self._train(job, "continue", readers, warmup)
+            self._train(job, "continue", self._continued(job.schema), warmup)
         self._evaluate(job, "final")
+        assert self._selection is not None
         return Outcome(
-            selection,
-            manifest,
+            self._selection,
+            self._manifests,
             self._metrics,
             self._progress,
             self._seconds,
             self._count_replaced(),
         )
+
+    def _pretrain_and_prune(self, job: Job, number: int) -> Job:
+        """Scores the features that are left and drops some; returns the smaller model.
+
+        Args:
+            job: gated.
+            number: of the prune, from 1.
+        """
+        with self._timed("pretrain"):
+            pretraining = self._pretraining(job, number)
+            scores = self._config.scorer.score(pretraining)
+            scores = with_losses(scores, self._config.policy, pretraining)
+        self._take_snapshot(job, pretraining.trained_rows // pretraining.batch_size)
+        self._pretrained += pretraining.progress
+        self._progress["pretrain"] = total_progress(self._pretrained)
+        self._trained_rows += pretraining.trained_rows
+        with self._timed("prune"):
+            selection = self._decide(scores, job, number)
+            self._rewind(job, pretraining)
+            # It holds the gated model, which is to be freed.
+            del pretraining
+            return self._prune(job, selection, number)
 
     def _run_reference(self) -> None:
         """Trains the model without gates on all rows, in their own order."""
@@ -177,12 +186,22 @@ class Pipeline:
             self._train_source, self._schema, self._pretrain_rows, config.seed
         )
 
-    def _pretraining(self, job: Job) -> Pretraining:
+    @property
+    def _prune_rows(self) -> int:
+        """Of this rank, that are pretrained on for one prune, in whole batches."""
+        batch_size = self._config.pretrain_batch_size
+        batches = self._pretrain_rows // self._ranks.world_size // batch_size
+        return batches // self._config.schedule.prunes * batch_size
+
+    def _pretraining(self, job: Job, number: int = 1) -> Pretraining:
+        """For the prune of that number, on the rows behind those that have been trained on."""
         batch_size, world_size = self._config.pretrain_batch_size, self._ranks.world_size
         chosen, rest = self._chosen_and_rest
+        first = self._trained_rows
 
         def read(start: int, stop: int) -> Iterator[Batch]:
-            return self._reader(chosen, job.schema).batches(batch_size, start, stop)
+            reader = self._reader(chosen, job.schema)
+            return reader.batches(batch_size, first + start, first + stop)
 
         def read_validation(rows: int) -> Iterable[Batch]:
             there_are = sum(group.rows for group in rest.row_groups)
@@ -190,7 +209,7 @@ class Pipeline:
             if not rows:
                 return []
             seed = self._config.seed
-            of_rest, _ = self._config.pretrain.subset.split(rest, job.schema, rows, seed)
+            of_rest, _ = self._config.pretrain.subset.split(rest, self._schema, rows, seed)
             return self._reader(of_rest, job.schema).batches(batch_size)
 
         return Pretraining(
@@ -198,11 +217,13 @@ class Pipeline:
             self._ranks,
             read,
             read_validation,
-            self._pretrain_rows // world_size,
+            self._prune_rows,
             batch_size,
             self._config.seed,
             self._log,
             partial(self._take_snapshot, job),
+            partial(self._config.schedule.share, number),
+            self._prices,
         )
 
     def _take_snapshot(self, job: Job, step: int) -> None:
@@ -226,15 +247,14 @@ class Pipeline:
         self._snapshot.restore(job)
         self._snapshot = None
 
-    def _continued(self, schema: Schema, trained_rows: int) -> list[tuple[Reader, int]]:
+    def _continued(self, schema: Schema) -> list[tuple[Reader, int]]:
         """Readers of the rows that pretraining has left over and of all others, and their starts.
 
         Args:
             schema: the columns to read.
-            trained_rows: of this rank's rows of pretraining.
         """
         chosen, rest = self._chosen_and_rest
-        return [(self._reader(chosen, schema), trained_rows), (self._reader(rest, schema), 0)]
+        return [(self._reader(chosen, schema), self._trained_rows), (self._reader(rest, schema), 0)]
 
     def _train(
         self,
@@ -256,43 +276,62 @@ class Pipeline:
             extra=extra,
         )
 
-    def _decide(self, scores: FeatureScores, job: Job) -> Selection:
-        """Decides on rank 0 and sends the decision, so that every rank has the same."""
+    def _decide(self, scores: FeatureScores, job: Job, number: int) -> Selection:
+        """Decides on rank 0 and sends the decision, so that every rank has the same.
+
+        Returns:
+            The decisions on the features that the model has.
+        """
         text, policy = None, self._config.policy
         if self._ranks.speaks:
-            costs = None
-            if policy.cost_unit is not None:
-                costs = table_costs(
+            if policy.cost_unit is not None and self._table_costs is None:
+                self._table_costs = table_costs(
                     job.model,
                     run_topology(self._ranks.device.type),
                     policy.cost_unit,
                     batch_size=self._config.train.batch_size,
                 )
-            text = decide(scores, policy, costs).to_json()
+            text = decide_prune(
+                scores,
+                policy,
+                self._config.schedule,
+                number,
+                earlier=self._selection,
+                costs=self._table_costs,
+            ).to_json()
         text = broadcast_text(text, self._ranks.group, self._ranks.device)
         if self._directory:
-            self._directory.write_text("selection.json", text)
-        return Selection.from_json(text)
+            self._directory.write_text(self._file("selection", number), text)
+        self._selection = Selection.from_json(text)
+        decisions = self._selection.features
+        return Selection({name: it for name, it in decisions.items() if name in scores.scores})
 
-    def _prune(self, job: Job, selection: Selection, trained_rows: int) -> tuple[Job, Manifest]:
+    def _prune(self, job: Job, selection: Selection, number: int) -> Job:
+        """Prunes; what is to be pruned again gets new gates, like those that it had."""
+        gates = next(module.config for _, module in feature_gates(job.model))
         pruned = prune(
             job.model,
             job.optimizer,
             selection,
             planner=self._planner,
-            batch=self._first_test_batch(),
+            batch=self._first_test_batch(job.schema),
             tolerance=self._config.parity_tolerance,
             replan=self._config.replan,
-            steps_left=(self._rows - trained_rows) // self._config.train.batch_size,
+            steps_left=(self._rows - self._trained_rows) // self._config.train.batch_size,
             move=self._config.move,
+            gates=None if self._config.schedule.is_last(number) else gates,
         )
+        self._manifests.append(pruned.manifest)
         if self._directory:
-            self._directory.write_json("manifest.json", pruned.manifest.describe())
-        kept = self._schema.only(selection.kept)
-        return Job(pruned.model, pruned.optimizer, kept), pruned.manifest
+            self._directory.write_json(self._file("manifest", number), pruned.manifest.describe())
+        return Job(pruned.model, pruned.optimizer, job.schema.only(selection.kept))
 
-    def _first_test_batch(self) -> Batch:
-        reader = self._reader(self._test_source, self._schema)
+    def _file(self, name: str, number: int) -> str:
+        """Where a prune's file goes: the last one's has no number."""
+        return f"{name}.json" if self._config.schedule.is_last(number) else f"{name}-{number}.json"
+
+    def _first_test_batch(self, schema: Schema) -> Batch:
+        reader = self._reader(self._test_source, schema)
         batch, _ = next(reader.padded_batches(self._config.train.batch_size))
         return batch.to(self._ranks.device)
 
@@ -333,4 +372,5 @@ class Pipeline:
             _logger.info("%s", phase)
         start = time.perf_counter()
         yield
-        self._seconds[phase] = time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds

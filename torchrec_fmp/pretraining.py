@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Literal
 
 from torchrec.datasets.utils import Batch
 
@@ -19,6 +20,8 @@ from torchrec_fmp.train import Progress, Steps, train
 class Pretraining:
     """A gated model before its features are selected, and the rows to select them by.
 
+    With several prunes, there is one for each, on its part of the rows.
+
     Args:
         job: the sharded model with gates, which are opened, and its optimizer.
         ranks: the group.
@@ -30,6 +33,8 @@ class Pretraining:
         seed: of the run.
         log: gets the training's losses.
         before_step: called with the number of each step of training, from 0, before it.
+        share: what the last prune leaves, as a share of all -> what the coming one leaves.
+        prices: `costs` by unit, of the first model; those that are missing are put in.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class Pretraining:
         seed: int,
         log: MetricsLog,
         before_step: Callable[[int], None] | None = None,
+        share: Callable[[float], float] = float,
+        prices: dict[str, Mapping[str, float]] | None = None,
     ) -> None:
         self.job = job
         self.ranks = ranks
@@ -52,6 +59,8 @@ class Pretraining:
         self._read, self._read_validation = read, read_validation
         self._log = log
         self._before_step = before_step
+        self.share = share
+        self._prices = {} if prices is None else prices
         self.trained_rows = 0
         self.progress: list[Progress] = []
         for module in self.gates:
@@ -67,8 +76,18 @@ class Pretraining:
         """Number of batches in the rows of pretraining."""
         return self.rows // self.batch_size
 
-    def costs(self, unit: Unit) -> dict[str, float]:
-        """Feature -> what keeping it costs, by the model's plan; see `torchrec_fmp.costs`."""
+    def costs(self, unit: Unit | Literal["features"]) -> Mapping[str, float]:
+        """Feature -> what keeping it costs in the first model, by its plan.
+
+        Features that are gone are among them; see `torchrec_fmp.costs`. In `features`, each is 1.
+        """
+        if unit not in self._prices:
+            self._prices[unit] = self._costs(unit)
+        return self._prices[unit]
+
+    def _costs(self, unit: Unit | Literal["features"]) -> dict[str, float]:
+        if unit == "features":
+            return {name: 1.0 for gates in self.gates for name in gates.features}
         topology = run_topology(self.ranks.device.type)
         return costs(self.job.model, topology, unit, batch_size=self.batch_size)
 

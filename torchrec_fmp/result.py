@@ -10,7 +10,7 @@ from typing import Any
 from torchrec_fmp.config import RunConfig
 from torchrec_fmp.data.dataset import PlantedTruth
 from torchrec_fmp.doctor import installed_versions
-from torchrec_fmp.pipeline import Outcome
+from torchrec_fmp.outcome import Outcome
 from torchrec_fmp.ranks import Ranks
 
 # How reports call the models, in order.
@@ -23,7 +23,7 @@ MODEL_NAMES = {
 
 def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The content of result.json, as docs/run_directory.md says."""
-    selection, manifest = outcome.selection, outcome.manifest
+    selection = outcome.selection
     truth = config.data.truth
     metrics = {name: asdict(figures) for name, figures in outcome.metrics.items()}
     progress = outcome.progress
@@ -35,8 +35,8 @@ def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, An
         "dropped": selection.dropped,
         "planted": asdict(truth) if truth else None,
         "metrics": {name: metrics.get(name) for name in ("full", "pruned", "final")},
-        "bytes": dict(zip(("before", "after"), manifest.table_bytes, strict=True)),
-        "parameters": dict(zip(("before", "after"), manifest.parameters, strict=True)),
+        "bytes": dict(zip(("before", "after"), outcome.table_bytes, strict=True)),
+        "parameters": dict(zip(("before", "after"), outcome.parameters, strict=True)),
         "step_ms": {
             name: progress[phase].step_ms if phase in progress else None
             for name, phase in step_names.items()
@@ -50,7 +50,7 @@ def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, An
             {"column": column, "problem": problem, "count": count}
             for (column, problem), count in sorted(outcome.replaced.items())
         ],
-        "parity_max_abs": manifest.parity_max_abs,
+        "parity_max_abs": outcome.parity_max_abs,
         "world_size": ranks.world_size,
         "seed": config.seed,
         "versions": {name: v for name, v in installed_versions().items() if v is not None},

@@ -24,7 +24,8 @@ from torchrec_fmp.job import build_job
 from torchrec_fmp.metrics import evaluate
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.models.backbone import table_name
-from torchrec_fmp.pipeline import Outcome, Pipeline
+from torchrec_fmp.outcome import Outcome
+from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.planning.planner import make_planner
 from torchrec_fmp.policies.top_fraction import TopFraction
 from torchrec_fmp.ranks import Ranks, process_group
@@ -182,7 +183,7 @@ def pruned(cell: Cell, config: RunConfig, ranks: Ranks) -> Iterator[dict[str, An
 
 
 def _figures(fraction: float, outcome: Outcome, scorer: ScoredOnce) -> dict[str, Any]:
-    selection, manifest = outcome.selection, outcome.manifest
+    selection = outcome.selection
     before = {f"pruned_{name}": value for name, value in asdict(outcome.metrics["pruned"]).items()}
     return {
         "fraction": fraction,
@@ -195,11 +196,11 @@ def _figures(fraction: float, outcome: Outcome, scorer: ScoredOnce) -> dict[str,
         "continue_samples": outcome.progress["continue"].samples,
         "features_total": len(selection.features),
         "features_kept": len(selection.kept),
-        "table_bytes_before": manifest.table_bytes[0],
-        "table_bytes_after": manifest.table_bytes[1],
+        "table_bytes_before": outcome.table_bytes[0],
+        "table_bytes_after": outcome.table_bytes[1],
         "kept": json.dumps(selection.kept),
         "scores": json.dumps({name: d.score for name, d in selection.features.items()}),
-        "parity_max_abs": manifest.parity_max_abs,
+        "parity_max_abs": outcome.parity_max_abs,
     }
 
 

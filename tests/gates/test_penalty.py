@@ -177,17 +177,64 @@ def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_ope
 
 def test_a_unit_is_priced_by_the_model_unless_costs_were_given() -> None:
     def costs(unit: str) -> dict[str, float]:
-        return {"f0_0": {"bytes": 3.0, "hbm": 5.0, "step_ms": 7.0}[unit]}
+        return {"f0_0": {"features": 1.0, "bytes": 3.0, "hbm": 5.0, "step_ms": 7.0}[unit]}
 
-    counted, own = TargetPenalty(0.5), TargetPenalty(0.5, unit="hbm", costs={"f0_0": 1.0})
-    assert counted.priced(costs) is counted
-    assert own.priced(costs) is own
+    own = TargetPenalty(0.5, unit="hbm", costs={"f0_0": 2.0}).priced(costs)
+    assert isinstance(own, TargetPenalty)
+    assert own.costs == {"f0_0": 2.0}
     bytes_penalty = TargetPenalty(0.3, 0.2, "bytes")
     with pytest.raises(ValueError, match=r"costs\(model, topology, 'bytes'\)"):
         bytes_penalty(gates_at([0.0]), 1.0)
     priced = bytes_penalty.priced(costs)
     assert isinstance(priced, TargetPenalty)
     assert (priced.keep, priced.learning_rate, priced.costs) == (0.3, 0.2, {"f0_0": 3.0})
+
+
+def test_a_priced_penalty_starts_anew_and_leaves_the_other_as_it_is() -> None:
+    penalty = TargetPenalty(0.5)
+    first = penalty.priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
+    first(gates_at([HIGH, HIGH]), 1.0)
+    second = penalty.priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
+    assert isinstance(first, TargetPenalty) and isinstance(second, TargetPenalty)
+    assert first.multipliers > (0.0, 0.0) == penalty.multipliers == second.multipliers
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    gone=st.integers(0, 5),
+    closed=st.integers(0, 5),
+    opened=st.integers(1, 5),
+    strength=st.floats(0.01, 1),
+    by_cost=st.booleans(),
+)
+def test_features_that_are_gone_count_as_closed_and_the_target_falls_from_what_is_left(
+    gone: int, closed: int, opened: int, strength: float, by_cost: bool
+) -> None:
+    costs = {f"f0_{i}": 1.0 + i * by_cost for i in range(closed + opened)}
+    all_costs = {**{f"gone_{i}": 2.0 + i * by_cost for i in range(gone)}, **costs}
+    total = sum(all_costs.values())
+    target = sum(costs[f"f0_{i}"] for i in range(closed, closed + opened)) / total
+
+    def penalty() -> TargetPenalty:
+        asked = TargetPenalty(0.9, learning_rate=1.0).priced(lambda _: all_costs, lambda _: target)
+        assert isinstance(asked, TargetPenalty)
+        return asked
+
+    met = penalty()
+    met(gates_at([LOW] * closed + [HIGH] * opened), strength=1.0)
+    assert met.multipliers == pytest.approx((0, 0), abs=1e-6)
+    falling = penalty()
+    falling(gates_at([HIGH] * (closed + opened)), strength)
+    left = sum(costs.values()) / total
+    assert falling.multipliers[0] == pytest.approx(strength * (left - target), abs=1e-6)
+
+
+def test_a_target_above_what_is_left_asks_for_nothing_to_close() -> None:
+    costs = {"f0_0": 1.0, "gone": 1.0}
+    penalty = TargetPenalty(0.9).priced(lambda _: costs)
+    assert isinstance(penalty, TargetPenalty)
+    assert penalty(gates_at([HIGH]), 1.0).item() == pytest.approx(0, abs=1e-9)
+    assert penalty.multipliers == pytest.approx((0, 0), abs=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,17 @@ class Penalty(abc.ABC):
             strength: from 0 to 1 while the penalty is ramped up, then 1.
         """
 
-    def priced(self, costs: Callable[[Unit], Mapping[str, float]]) -> Penalty:
-        """The same penalty with the model's costs, where it needs any.
+    def priced(
+        self,
+        costs: Callable[[Unit | Literal["features"]], Mapping[str, float]],
+        share: Callable[[float], float] = float,
+    ) -> Penalty:
+        """The penalty for one prune: with the model's costs, and as before its first step.
 
         Args:
-            costs: unit -> feature -> cost, as `costs` gives them.
+            costs: unit -> feature -> cost, of all features that the model began with, those that
+                earlier prunes have dropped among them; in `features`, each costs 1.
+            share: what the last prune leaves, as a share of all -> what this prune leaves.
         """
         return self
 
@@ -66,6 +72,10 @@ class TargetPenalty(Penalty):
     section 3) and LLM-Shearing. Gates are counted between their bounds, so that s = t when exactly
     the target's share of the gates is at the upper bound and the rest at the lower.
 
+    With several prunes, `priced` makes one penalty of each: multipliers start anew, and the target
+    is what the schedule leaves of all features. Those that are gone count as closed, so that t
+    falls from the share of those that are left.
+
     What a feature costs is a choice. If all cost the same, narrow useful features are given up for
     wide ones; in bytes or milliseconds, wide ones for many narrow ones, and nothing closes what is
     free, such as dense columns.
@@ -75,7 +85,7 @@ class TargetPenalty(Penalty):
         learning_rate: of the multipliers' gradient ascent, a step.
         unit: of the costs: 1 for each feature, or those of `costs`.
         costs: feature -> what keeping it costs, of any unit; features without one are free. By
-            default a run prices its model in `unit`.
+            default a run prices its model in `unit`, before its first prune.
 
     Raises:
         ValueError: if `keep` is not in (0, 1], the learning rate is not positive, or a cost is
@@ -101,14 +111,24 @@ class TargetPenalty(Penalty):
         self.unit = unit
         self.costs = costs
         self.multipliers = (0.0, 0.0)
+        # May cost something and have no gate, because an earlier prune has dropped them.
+        self._all: frozenset[str] = frozenset()
 
-    def priced(self, costs: Callable[[Unit], Mapping[str, float]]) -> Penalty:
-        if self.unit == "features" or self.costs is not None:
-            return self
-        return TargetPenalty(self.keep, self.learning_rate, self.unit, costs(self.unit))
+    def priced(
+        self,
+        costs: Callable[[Unit | Literal["features"]], Mapping[str, float]],
+        share: Callable[[float], float] = float,
+    ) -> Penalty:
+        own = costs(self.unit) if self.costs is None else self.costs
+        penalty = TargetPenalty(share(self.keep), self.learning_rate, self.unit, own)
+        penalty._all = frozenset(costs("features"))
+        return penalty
 
     def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
-        excess = self._open_share(gates) - (1 + strength * (self.keep - 1))
+        weights = self._weights(gates)
+        left = math.fsum(weights)
+        target = left + strength * min(0.0, self.keep - left)
+        excess = self._open_share(gates, weights) - target
         linear, quadratic = self.multipliers
         if strength > 0:
             value = float(excess.detach())
@@ -117,14 +137,17 @@ class TargetPenalty(Penalty):
             self.multipliers = (linear, quadratic)
         return linear * excess + quadratic * excess**2
 
-    def _open_share(self, gates: Sequence[FeatureGates]) -> Tensor:
-        """Mean P(z > 0) by cost, shifted and scaled: 0 at the lower bounds, 1 at the upper."""
+    def _open_share(self, gates: Sequence[FeatureGates], weights: Sequence[float]) -> Tensor:
+        """The sum of P(z > 0) by cost, shifted and scaled.
+
+        0 with all gates at their lower bounds, and the sum of the weights at the upper ones.
+        """
         config = gates[0].config
         bounds = torch.tensor(config.log_alpha_bounds)
         low, high = config.distribution.open_probability(bounds).tolist()
         probability = _open_probability(gates)
-        weights = torch.tensor(self._weights(gates), device=probability.device)
-        return ((weights * probability).sum() - low) / (high - low)
+        weight = torch.tensor(weights, device=probability.device)
+        return (weight * (probability - low)).sum() / (high - low)
 
     def _weights(self, gates: Sequence[FeatureGates]) -> list[float]:
         """Each feature's share of the cost of all.
@@ -140,7 +163,7 @@ class TargetPenalty(Penalty):
                 f"TargetPenalty needs costs in {self.unit}: "
                 f"TargetPenalty(..., costs=costs(model, topology, {self.unit!r}))"
             )
-        unknown = sorted(self.costs.keys() - set(features))
+        unknown = sorted(self.costs.keys() - set(features) - self._all)
         if unknown:
             raise ValueError(f"there are costs of features that have no gates: {unknown}")
         total = math.fsum(self.costs.values())

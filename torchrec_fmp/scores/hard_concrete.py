@@ -53,7 +53,7 @@ class HardConcreteScorer(Scorer):
         schedule = GateSchedule(
             gates=pretraining.gates,
             optimizer=gate_optimizer(model, self.learning_rate),
-            penalty=self.penalty.priced(pretraining.costs),
+            penalty=self.penalty.priced(pretraining.costs, pretraining.share),
             steps=steps,
             open_steps=int(self.open_fraction * steps),
             ramp_steps=int(self.ramp_fraction * steps),

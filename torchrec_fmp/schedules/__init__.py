@@ -1,0 +1,1 @@
+"""Schedules: one prune, or several with training in between, one file each."""
