@@ -37,7 +37,8 @@ def main() -> int:
     run.add_argument("--planted", nargs="+", choices=settings.PLANTED, default=[])
     run.add_argument("--prepared", nargs="+", metavar="NAME=DIR", default=[])
     run.add_argument("--backbones", nargs="+", choices=settings.BACKBONES, default=["dlrm"])
-    run.add_argument("--scorers", nargs="+", choices=settings.SCORERS, default=[*settings.SCORERS])
+    names = [*settings.SCORERS, *settings.VARIANTS]
+    run.add_argument("--scorers", nargs="+", choices=names, default=[*settings.SCORERS])
     run.add_argument("--fractions", nargs="+", type=float, default=settings.FRACTIONS)
     run.add_argument("--seeds", type=int, default=5, help="how many")
     run.add_argument("--jobs", type=int, default=1, help="cells at the same time")
@@ -68,7 +69,7 @@ def run_grid(arguments: argparse.Namespace) -> int:
             prepared,
             settings.shared_config(data, settings.BACKBONES[backbone]),
             backbone,
-            {name: settings.SCORERS[name] for name in arguments.scorers},
+            {name: settings.sections(name) for name in arguments.scorers},
             range(arguments.seeds),
             arguments.fractions,
         )

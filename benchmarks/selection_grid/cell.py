@@ -171,7 +171,7 @@ def load(cell: Cell) -> RunConfig:
 
 def pruned(cell: Cell, config: RunConfig, ranks: Ranks) -> Iterator[dict[str, Any]]:
     """The figures of a run at each fraction."""
-    scorer = ScoredOnce(config.scorer)
+    scorer = ScoredOnce(config.scorer, len(cell.fractions))
     seconds: float | None = None
     for fraction in cell.fractions:
         run = replace(config, scorer=scorer, policy=TopFraction(fraction))

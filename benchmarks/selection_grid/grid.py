@@ -36,19 +36,29 @@ _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 def cells_of(
     data: str,
     prepared: Path,
-    config: Mapping[str, Any],
+    config: dict[str, Any],
     backbone: str,
-    scorers: Mapping[str, Mapping[str, Any]],
+    scorers: Mapping[str, Mapping[str, dict[str, Any]]],
     seeds: Iterable[int],
     fractions: Sequence[float],
 ) -> list[Cell]:
-    """The full model and every scorer, one seed after the other, so that few seeds pair already."""
+    """The full model and every scorer, one seed after the other, so that few seeds pair already.
+
+    Args:
+        data: name of the data set.
+        prepared: its directory.
+        config: the sections that all cells share.
+        backbone: name of the backbone.
+        scorers: name -> sections, which are merged into the shared ones.
+        seeds: of the runs.
+        fractions: to keep.
+    """
     cells = []
     for seed in seeds:
         cells.append(Cell(data, prepared, backbone, FULL, seed, (), config))
-        for name, scorer in scorers.items():
-            section = {**config, "scorer": scorer}
-            cells.append(Cell(data, prepared, backbone, name, seed, tuple(fractions), section))
+        for name, changes in scorers.items():
+            merged = config | {key: config.get(key, {}) | changes[key] for key in changes}
+            cells.append(Cell(data, prepared, backbone, name, seed, tuple(fractions), merged))
     return cells
 
 

@@ -30,10 +30,13 @@ class ScoredOnce(Scorer):
 
     Args:
         scorer: scores the first job.
+        runs: that share the scoring. A single one may score several times, as a schedule of several
+            prunes does.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, runs: int) -> None:
         self._scorer = scorer
+        self._runs = runs
         self._result: tuple[FeatureScores, _State] | None = None
         self.copy_seconds = 0.0
         """Wall time of copying the state in which the first job was left."""
@@ -43,6 +46,8 @@ class ScoredOnce(Scorer):
         """Rows that went through the model for it, in training or not."""
 
     def score(self, pretraining: Pretraining) -> FeatureScores:
+        if self._runs == 1:
+            return self._score(pretraining)
         if self._result is None:
             scores = self._score(pretraining)
             start = time.perf_counter()
@@ -59,7 +64,7 @@ class ScoredOnce(Scorer):
         counter = pretraining.job.model.register_forward_pre_hook(count)
         scores = self._scorer.score(pretraining)
         counter.remove()
-        self.trained_rows = pretraining.trained_rows
+        self.trained_rows += pretraining.trained_rows
         return scores
 
 

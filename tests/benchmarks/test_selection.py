@@ -27,9 +27,9 @@ CONFIG = {
     "train": TINY["train"],
 }
 SCORERS = {
-    "gates": TINY["scorer"],
-    "free gates": {"class_path": "HardConcreteScorer"},
-    "broken": {"class_path": "NoSuchScorer"},
+    "gates": {"scorer": TINY["scorer"]},
+    "free gates": {"scorer": {"class_path": "HardConcreteScorer"}},
+    "broken": {"scorer": {"class_path": "NoSuchScorer"}},
 }
 FRACTIONS = (0.75, 0.5)
 # Of the real data, the last tenth of them to test on.
@@ -130,7 +130,7 @@ def test_a_slice_of_real_data_goes_through_every_phase(tmp_path: Path) -> None:
         is_test = pa.array([int(10 * row >= 9 * ROWS) for row in range(ROWS)], pa.int8())
         pq.write_table(table.append_column("is_test", is_test), raw)
         config = settings.shared_config(name, settings.BACKBONES["dlrm"])
-        scorers = {"gates": settings.SCORERS["hard_concrete"]}
+        scorers = {"gates": settings.sections("hard_concrete")}
         prepared = prepare_real(raw, tmp_path / "data")
         cells.append(grid.cells_of(name, prepared, config, "dlrm", scorers, [0], [0.75])[1])
         assert planted(prepared) is None
