@@ -209,17 +209,29 @@ def test_a_target_in_bytes_is_of_the_first_models_bytes(
         assert kept[1] < kept[0] < 9
 
 
-def starts_anew(config_path: str) -> bool:
+def prunes_twice_and_learns(config_path: str) -> bool:
     config, _ = load_config(config_path)
     outcome = Pipeline(config, this_rank()).run()
     return len(outcome.manifests) == 2 and outcome.metrics["final"].auc > 0.8
+
+
+def test_tables_that_the_dense_optimizer_trains_are_pruned_in_several_steps(
+    ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    settings = {
+        "train__embedding_optimizer": "adam",
+        "train__embedding_learning_rate": 5e-3,
+        "planner__sharding_types": ["data_parallel"],
+    }
+    path = config_with(tmp_path, ranks, 2, **settings)
+    assert all(ranks.run(prunes_twice_and_learns, path))
 
 
 def test_training_may_go_on_from_new_weights_after_the_last_prune(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
     path = config_with(tmp_path, ranks_1, 2, continuation={"start": "reinitialized"})
-    assert ranks_1.run(starts_anew, path) == [True]
+    assert ranks_1.run(prunes_twice_and_learns, path) == [True]
 
 
 def test_rewinding_is_refused_with_several_prunes(ranks_1: ProcessGroup, tmp_path: Path) -> None:
