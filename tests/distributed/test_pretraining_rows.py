@@ -46,7 +46,8 @@ def read(config_path: str, trained_rows: int) -> tuple[list[int], list[int], lis
     config, _ = load_config(config_path)
     pipeline = Pipeline(config, this_rank())
     pretraining = pipeline._pretraining(pipeline._build(gated=True))
-    continued = pipeline._continued(pretraining.job.schema, trained_rows)
+    pipeline._trained_rows += trained_rows
+    continued = pipeline._continued(pretraining.job.schema)
     return (
         numbers(pretraining.batches()),
         numbers(pretraining.validation_batches(100)),
