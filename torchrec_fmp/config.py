@@ -26,6 +26,7 @@ from torchrec_fmp.gates.penalty import Penalty
 from torchrec_fmp.models.backbone import Backbone
 from torchrec_fmp.planning.planner import PlannerConfig
 from torchrec_fmp.planning.replan import Replan
+from torchrec_fmp.policies.best_size import BestSize
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import Policy
 from torchrec_fmp.reshard.reshard import MoveConfig
@@ -185,6 +186,12 @@ class RunConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, it must be at least 0")
+        if isinstance(self.policy, BestSize) and getattr(self.scorer, "stop", None):
+            raise ValueError(
+                "policy BestSize decides by validation losses that are measured when pretraining "
+                "has ended, and scorer.stop ends pretraining when the decision is stable: leave "
+                "one of them out"
+            )
         if self.continuation.start == "rewound" and self.schedule.prunes > 1:
             raise ValueError(
                 f"continuation.start is rewound and the schedule has {self.schedule.prunes} "

@@ -224,6 +224,7 @@ class Pipeline:
             partial(self._take_snapshot, job),
             partial(self._config.schedule.share, number),
             self._prices,
+            partial(self._decision, job, number),
         )
 
     def _take_snapshot(self, job: Job, step: int) -> None:
@@ -282,29 +283,32 @@ class Pipeline:
         Returns:
             The decisions on the features that the model has.
         """
-        text, policy = None, self._config.policy
-        if self._ranks.speaks:
-            if policy.cost_unit is not None and self._table_costs is None:
-                self._table_costs = table_costs(
-                    job.model,
-                    run_topology(self._ranks.device.type),
-                    policy.cost_unit,
-                    batch_size=self._config.train.batch_size,
-                )
-            text = decide_prune(
-                scores,
-                policy,
-                self._config.schedule,
-                number,
-                earlier=self._selection,
-                costs=self._table_costs,
-            ).to_json()
+        text = self._decision(job, number, scores).to_json() if self._ranks.speaks else None
         text = broadcast_text(text, self._ranks.group, self._ranks.device)
         if self._directory:
             self._directory.write_text(self._file("selection", number), text)
         self._selection = Selection.from_json(text)
         decisions = self._selection.features
         return Selection({name: it for name, it in decisions.items() if name in scores.scores})
+
+    def _decision(self, job: Job, number: int, scores: FeatureScores) -> Selection:
+        """What the policy decides, on this rank, over all features that the first model had."""
+        policy = self._config.policy
+        if policy.cost_unit is not None and self._table_costs is None:
+            self._table_costs = table_costs(
+                job.model,
+                run_topology(self._ranks.device.type),
+                policy.cost_unit,
+                batch_size=self._config.train.batch_size,
+            )
+        return decide_prune(
+            scores,
+            policy,
+            self._config.schedule,
+            number,
+            earlier=self._selection,
+            costs=self._table_costs,
+        )
 
     def _prune(self, job: Job, selection: Selection, number: int) -> Job:
         """Prunes; what is to be pruned again gets new gates, like those that it had."""

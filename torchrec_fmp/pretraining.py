@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Literal
 
 from torchrec.datasets.utils import Batch
@@ -13,7 +14,11 @@ from torchrec_fmp.job import Job
 from torchrec_fmp.metrics_log import MetricsLog
 from torchrec_fmp.planning.costs import Unit, costs
 from torchrec_fmp.planning.planner import run_topology
+from torchrec_fmp.policies.closed_gates import ClosedGates
+from torchrec_fmp.policies.policy import decide as decide_by
+from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.ranks import Ranks
+from torchrec_fmp.scores.feature_scores import FeatureScores
 from torchrec_fmp.train import Progress, Steps, train
 
 
@@ -35,6 +40,7 @@ class Pretraining:
         before_step: called with the number of each step of training, from 0, before it.
         share: what the last prune leaves, as a share of all -> what the coming one leaves.
         prices: `costs` by unit, of the first model; those that are missing are put in.
+        decide: what the run's policy would decide now.
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class Pretraining:
         before_step: Callable[[int], None] | None = None,
         share: Callable[[float], float] = float,
         prices: dict[str, Mapping[str, float]] | None = None,
+        decide: Callable[[FeatureScores], Selection] | None = None,
     ) -> None:
         self.job = job
         self.ranks = ranks
@@ -61,6 +68,7 @@ class Pretraining:
         self._before_step = before_step
         self.share = share
         self._prices = {} if prices is None else prices
+        self.decide = decide or partial(decide_by, policy=ClosedGates())
         self.trained_rows = 0
         self.progress: list[Progress] = []
         for module in self.gates:
@@ -105,12 +113,18 @@ class Pretraining:
         for batch in self._read_validation(rows):
             yield batch.to(self.ranks.device)
 
-    def train(self, steps: int | None = None, extra: Steps | None = None) -> None:
+    def train(
+        self,
+        steps: int | None = None,
+        extra: Steps | None = None,
+        until: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Trains the model on the next batches, by default on all that are left.
 
         Args:
             steps: number of batches.
             extra: a term of the loss and what it trains, such as gates and their penalty.
+            until: asked before each step, the same on every rank: whether to end here.
 
         Raises:
             TrainingDiverged: if the loss is not finite.
@@ -120,7 +134,7 @@ class Pretraining:
         progress = train(
             self.job.model,
             self.job.optimizer,
-            self._numbered(start, stop),
+            self._numbered(start, stop, until),
             phase="pretrain",
             total=(stop - start) // self.batch_size,
             ranks=self.ranks,
@@ -130,9 +144,11 @@ class Pretraining:
         self.trained_rows = start + progress.steps * self.batch_size
         self.progress.append(progress)
 
-    def _numbered(self, start: int, stop: int) -> Iterator[Batch]:
+    def _numbered(self, start: int, stop: int, until: Callable[[], bool]) -> Iterator[Batch]:
         """The batches of these rows; each is asked for when the step before it has ended."""
         for step, batch in enumerate(self._read(start, stop), start // self.batch_size):
+            if until():
+                return
             if self._before_step is not None:
                 self._before_step(step)
             yield batch

@@ -50,6 +50,8 @@ def decide(
             kept=True,
             reason=f"best of {fqn}, which would be empty; opened from {scores.gates[best]:.3g}",
         )
+    for name, confidence in scores.confidence.items():
+        features[name] = replace(features[name], confidence=confidence)
     return Selection(features)
 
 

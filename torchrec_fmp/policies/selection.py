@@ -20,12 +20,14 @@ class FeatureDecision:
         gate: what a kept feature is scaled by from now on, in [0, 1]; 0 for a dropped one.
         kept: whether it stays.
         reason: why, in words.
+        confidence: in the decision, in [0, 1]; None where the scorer does not say.
     """
 
     score: float
     gate: float
     kept: bool
     reason: str
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.gate <= 1:

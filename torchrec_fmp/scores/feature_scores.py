@@ -24,6 +24,8 @@ class FeatureScores:
         costs: what tables cost, in the unit that the policy reads; `decide` sets them.
         losses: number of best features left -> validation loss of each of some batches; set for
             the policy that reads them.
+        confidence: feature -> how sure the decision on it is, in [0, 1], where the scorer says so;
+            see `StableDecision`.
 
     Raises:
         ValueError: if scores and gates name different features, or a number is out of range.
@@ -34,6 +36,7 @@ class FeatureScores:
     collections: Mapping[str, Sequence[str]] = field(default_factory=dict)
     costs: Sequence[TableCost] = ()
     losses: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    confidence: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.scores.keys() != self.gates.keys():

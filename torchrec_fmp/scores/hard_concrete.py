@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchrec_fmp.gates.attach import gate_optimizer
@@ -10,6 +11,7 @@ from torchrec_fmp.gates.penalty import L0Penalty, Penalty
 from torchrec_fmp.scores.feature_scores import FeatureScores
 from torchrec_fmp.scores.gate_scores import gate_scores
 from torchrec_fmp.scores.scorer import Scorer
+from torchrec_fmp.scores.stopping import StableDecision, WatchedGates, warn_of_undecided
 from torchrec_fmp.train import GateSchedule
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ class HardConcreteScorer(Scorer):
         learning_rate: of Adam, for log_alpha.
         open_fraction: of the steps, at their start, in which every gate is exactly open.
         ramp_fraction: of the steps, after these, in which the penalty grows to its full strength.
+        stop: ends pretraining when the decision is stable; None takes all of its rows.
 
     Raises:
         ValueError: if the learning rate is not positive, or the fractions leave no steps.
@@ -35,6 +38,7 @@ class HardConcreteScorer(Scorer):
         learning_rate: float = 0.1,
         open_fraction: float = 0.4,
         ramp_fraction: float = 0.1,
+        stop: StableDecision | None = None,
     ) -> None:
         if not (learning_rate > 0 and math.isfinite(learning_rate)):
             raise ValueError(f"the gates' learning_rate is {learning_rate}, it must be positive")
@@ -47,16 +51,27 @@ class HardConcreteScorer(Scorer):
         self.learning_rate = learning_rate
         self.open_fraction = open_fraction
         self.ramp_fraction = ramp_fraction
+        self.stop = stop
 
     def score(self, pretraining: Pretraining) -> FeatureScores:
         model, steps = pretraining.job.model, pretraining.steps
+        open_steps, ramp_steps = int(self.open_fraction * steps), int(self.ramp_fraction * steps)
         schedule = GateSchedule(
             gates=pretraining.gates,
             optimizer=gate_optimizer(model, self.learning_rate),
             penalty=self.penalty.priced(pretraining.costs, pretraining.share),
             steps=steps,
-            open_steps=int(self.open_fraction * steps),
-            ramp_steps=int(self.ramp_fraction * steps),
+            open_steps=open_steps,
+            ramp_steps=ramp_steps,
         )
-        pretraining.train(extra=schedule)
-        return gate_scores(model)
+        if self.stop is None:
+            pretraining.train(extra=schedule)
+            return gate_scores(model)
+        floor = open_steps + ramp_steps
+        watched = WatchedGates(self.stop, schedule, pretraining, self.learning_rate, floor)
+        pretraining.train(extra=watched, until=lambda: watched.is_stable)
+        scores = gate_scores(model)
+        confidence = watched.confidence(scores)
+        if not watched.is_stable:
+            warn_of_undecided(confidence, pretraining.ranks.speaks)
+        return replace(scores, confidence=confidence)

@@ -1,0 +1,176 @@
+"""How much data is enough: pretraining ends when the decision about every feature is stable."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Adam
+
+from torchrec_fmp.gates.attach import gate_optimizer
+from torchrec_fmp.scores.feature_scores import FeatureScores
+from torchrec_fmp.scores.gate_scores import gate_scores
+from torchrec_fmp.train import GateSchedule
+
+if TYPE_CHECKING:
+    from torchrec_fmp.pretraining import Pretraining
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StableDecision:
+    """Ends pretraining once the policy's decision has been the same for a while.
+
+    Three opinions are asked at each check: the gates', and those of two halves of the data. A half
+    is a copy of every `log_alpha` that learns from the gradients of every other step alone, at
+    twice the rate, so that it travels as far. The decision is stable when the opinions about every
+    feature are the same over `patience` checks in a row. It costs three decisions a check and no
+    forward pass. Not before the price has been full for that long, and at the latest when the rows
+    of pretraining end.
+
+    Args:
+        checks: evenly over the steps with the full price.
+        patience: checks that have to agree.
+
+    Raises:
+        ValueError: if they could never agree.
+    """
+
+    checks: int = 20
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.patience <= self.checks:
+            raise ValueError(
+                f"patience is {self.patience}, it must be at least 1 and at most the "
+                f"{self.checks} checks"
+            )
+
+
+class WatchedGates:
+    """The gates' schedule, with a watch over what is decided by them.
+
+    Args:
+        stop: when to end.
+        schedule: of the gates.
+        pretraining: whose policy decides.
+        learning_rate: of the gates.
+        floor: steps before the price is full.
+    """
+
+    def __init__(
+        self,
+        stop: StableDecision,
+        schedule: GateSchedule,
+        pretraining: Pretraining,
+        learning_rate: float,
+        floor: int,
+    ) -> None:
+        self._schedule = schedule
+        self._pretraining = pretraining
+        self._gates = pretraining.gates
+        self._floor = floor
+        self._every = max(1, (pretraining.steps - floor) // stop.checks)
+        self._halves = [Half(pretraining, 2 * learning_rate) for _ in range(2)]
+        # Of each check and opinion, whether each feature stays.
+        self._opinions: deque[list[list[bool]]] = deque(maxlen=stop.patience)
+        self.is_stable = False
+
+    def loss_term(self, step: int) -> Tensor:
+        return self._schedule.loss_term(step)
+
+    def update(self, step: int) -> None:
+        """Steps the gates and one of the halves, and checks where it is time to."""
+        if not self._gates[0].is_open:
+            self._halves[step % 2].step()
+        self._schedule.update(step)
+        past = step + 1 - self._floor
+        if past > 0 and past % self._every == 0:
+            self._check(step)
+
+    def confidence(self, scores: FeatureScores) -> dict[str, float]:
+        """Feature -> the share of the opinions of the last checks that are the gates' now."""
+        kept = self._opinion(scores)
+        opinions = [opinion for check in self._opinions for opinion in check] or [kept]
+        return {
+            name: sum(opinion[i] == kept[i] for opinion in opinions) / len(opinions)
+            for i, name in enumerate(scores.scores)
+        }
+
+    def _check(self, step: int) -> None:
+        scores = gate_scores(self._pretraining.job.model)
+        three = [scores, *(half.scores(scores) for half in self._halves)]
+        self._opinions.append([self._opinion(each) for each in three])
+        all_there_are = [opinion for check in self._opinions for opinion in check]
+        agree = all(opinion == all_there_are[0] for opinion in all_there_are)
+        ranks = self._pretraining.ranks
+        stable = torch.tensor(
+            float(agree and len(self._opinions) == self._opinions.maxlen), device=ranks.device
+        )
+        dist.all_reduce(stable, dist.ReduceOp.MIN, group=ranks.group)
+        self.is_stable = bool(stable)
+        if self.is_stable and ranks.speaks:
+            share = (step + 1) / self._pretraining.steps
+            _logger.info("the decision is stable after %.0f%% of pretraining", 100 * share)
+
+    def _opinion(self, scores: FeatureScores) -> list[bool]:
+        features = self._pretraining.decide(scores).features
+        return [features[name].kept for name in scores.scores]
+
+
+class Half:
+    """Copies of the gates' `log_alpha` that learn from some of the steps.
+
+    Args:
+        pretraining: whose gates, whose gradients it learns from.
+        learning_rate: of Adam.
+    """
+
+    def __init__(self, pretraining: Pretraining, learning_rate: float) -> None:
+        self._gates = pretraining.gates
+        self.log_alphas = [
+            torch.nn.Parameter(module.log_alpha.detach().clone()) for module in self._gates
+        ]
+        # With the gates' own other settings.
+        defaults = gate_optimizer(pretraining.job.model, learning_rate).defaults
+        self._optimizer = Adam(self.log_alphas, **defaults)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Steps by the gradients that the gates have now."""
+        for log_alpha, module in zip(self.log_alphas, self._gates, strict=True):
+            log_alpha.grad = module.log_alpha.grad
+        self._optimizer.step()
+        for log_alpha, module in zip(self.log_alphas, self._gates, strict=True):
+            log_alpha.grad = None
+            log_alpha.clamp_(*module.config.log_alpha_bounds)
+
+    @torch.no_grad()
+    def scores(self, like: FeatureScores) -> FeatureScores:
+        """Those of `gate_scores`, by these copies."""
+        scores: dict[str, float] = {}
+        gates: dict[str, float] = {}
+        for log_alpha, module in zip(self.log_alphas, self._gates, strict=True):
+            values = module.config.distribution.deterministic(log_alpha)
+            scores.update(zip(module.features, log_alpha.tolist(), strict=True))
+            gates.update(zip(module.features, values.tolist(), strict=True))
+        return replace(like, scores=scores, gates=gates)
+
+
+def warn_of_undecided(confidence: Mapping[str, float], speaks: bool) -> None:
+    """Says which features pretraining was too short for."""
+    undecided = {name: share for name, share in confidence.items() if share < 1}
+    if speaks:
+        listed: Sequence[str] = [f"{name} ({share:.2f})" for name, share in undecided.items()]
+        _logger.warning(
+            "the rows of pretraining ended before the decision was stable; features and how far "
+            "the last checks agree on them: %s",
+            ", ".join(listed) or "all agree, but not for long enough",
+        )
