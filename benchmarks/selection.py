@@ -1,7 +1,7 @@
 """Compares feature selectors on accuracy, cost and planted truth; makes docs/selection.md.
 
     python benchmarks/selection.py run --data ../shared/data --planted planted28
-    python benchmarks/selection.py report --out docs/selection.md
+    python benchmarks/selection.py report --out docs/selection.md --plot docs/selection.svg
 
 A grid of data sets, backbones, scorers and seeds, each cell a process of its own: one scoring, and
 from it a pruned model at each kept fraction. Names and settings are in selection_grid/settings.py.
@@ -44,6 +44,7 @@ def main() -> int:
     run.add_argument("--jobs", type=int, default=1, help="cells at the same time")
     report = verbs.add_parser("report", help="the comparison as Markdown")
     report.add_argument("--out", type=Path, help="file; standard output by default")
+    report.add_argument("--plot", type=Path, help="SVG file of the AUC over the kept fraction")
     for verb in (run, report):
         verb.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -107,7 +108,12 @@ def write_report(arguments: argparse.Namespace) -> int:
     if not path.exists():
         print(f"There is no {path}: run the grid first.")
         return 0
-    text = report(pq.read_table(path).to_pylist())
+    rows = pq.read_table(path).to_pylist()
+    text = report(rows)
+    if arguments.plot:
+        from selection_grid.plot import plot
+
+        plot(rows, arguments.plot)
     if arguments.out:
         arguments.out.write_text(text)
     else:

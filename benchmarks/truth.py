@@ -139,6 +139,12 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         "dense rate 1e-3": ["--train.learning_rate=1e-3"],
         "table rate 5e-2": ["--train.embedding_learning_rate=5e-2"],
     },
+    "stopping": {
+        f"patience of {patience} of 20 checks": [
+            '--scorer.stop={"checks": 20, "patience": %d}' % patience
+        ]
+        for patience in (3, 5, 8)
+    },
     "size": {
         "target of half": [
             "--scorer.penalty=TargetPenalty",
@@ -158,6 +164,7 @@ class Run:
         noise: that was kept.
         margin: log_alpha of the weakest signal that should stay, less that of the strongest noise.
         kept: number of features.
+        rows: that were pretrained on.
         seconds: by phase.
         auc: of the test split, by model.
     """
@@ -170,6 +177,7 @@ class Run:
     noise: list[str]
     margin: float
     kept: int
+    rows: int
     seconds: dict[str, float | None]
     auc: dict[str, float | None]
     jobs: int
@@ -191,12 +199,15 @@ def main() -> int:
     run.add_argument("--seeds", type=int, default=5, help="how many")
     run.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     report = verbs.add_parser("report", help="the tables as Markdown")
+    report.add_argument("--plot", type=Path, help="SVG file of the margins, by setting")
     for verb in (run, report):
         verb.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "truth.jsonl")
     arguments = parser.parse_args()
     runs = read(arguments.out)
     if arguments.verb == "report":
         print(tables(runs))
+        if arguments.plot:
+            plot([run for run in runs if run.study == "settings"], arguments.plot)
         return 0
     done = {(run.study, run.data, run.variant, run.seed) for run in runs}
     todo = [
@@ -262,6 +273,7 @@ def measure(what: tuple[str, str, str, int, int]) -> Run:
         noise=[name for name in dataset.truth.noise if name in kept],
         margin=min(scores[name] for name in strong) - max(scores[n] for n in dataset.truth.noise),
         kept=len(kept),
+        rows=result["samples"]["pretrain"],
         seconds=result["seconds"],
         auc={name: m and m["auc"] for name, m in result["metrics"].items()},
         jobs=jobs,
@@ -278,9 +290,9 @@ def tables(runs: list[Run]) -> str:
         lines += [
             f"\n## {study}\n",
             "| data | setting | right | signals missed: pairs, others | noise kept "
-            "| margin, worst and median | AUC, final less full "
+            "| margin, worst and median | rows, mean | AUC, final less full "
             "| seconds, selection and total, of full |",
-            "|---|---|---|---|---|---|---|---|",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
         for run in of_study:
@@ -299,6 +311,7 @@ def figures(runs: list[Run]) -> list[str]:
         f"{pairs}, {len(missed) - pairs}",
         str(sum(len(run.noise) for run in runs)),
         f"{min(margins):+.1f}, {statistics.median(margins):+.1f}",
+        f"{statistics.mean(run.rows for run in runs):,.0f}",
         *costs(runs),
     ]
 
@@ -317,6 +330,33 @@ def costs(runs: list[Run]) -> list[str]:
         f"{statistics.mean(differences):+.4f} (sd {spread:.4f})",
         f"{selection:.2f}, {total:.2f}",
     ]
+
+
+def plot(runs: list[Run], out: Path) -> None:
+    """A panel for each data set: every run's margin, by setting; right of 0 all are told apart."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot as plt
+
+    data = list(dict.fromkeys(run.data for run in runs))
+    variants = list(dict.fromkeys(run.variant for run in runs))[::-1]
+    figure, axes = plt.subplots(
+        1, len(data), figsize=(4 * len(data) + 2, 6), sharey=True, squeeze=False
+    )
+    for panel, name in zip(axes[0], data, strict=True):
+        members = [run for run in runs if run.data == name]
+        panel.set_title(name)
+        panel.axvline(0, color="grey", linewidth=0.5)
+        places = [variants.index(run.variant) for run in members]
+        colors = ["tab:green" if run.is_right else "tab:red" for run in members]
+        panel.scatter([run.margin for run in members], places, c=colors, s=14)
+        panel.set_yticks(range(len(variants)), variants)
+        panel.set_xlabel("log_alpha of the weakest signal less the strongest noise's")
+    figure.tight_layout()
+    # Without a date and random ids, the same runs give the same file.
+    plt.rcParams["svg.hashsalt"] = "torchrec_fmp"
+    figure.savefig(out, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ that is kept, precision their share of the kept features.
 """
 
 
-class _Group:
+class Group:
     """The rows of one data set and backbone."""
 
     def __init__(self, rows: Iterable[_Row]) -> None:
@@ -97,14 +97,18 @@ def report(rows: Sequence[_Row]) -> str:
         ValueError: if a scorer was run with different settings on the same data and backbone.
     """
     _check_settings(rows)
+    sections = [_INTRODUCTION, _origin(rows)]
+    for (data, backbone), group in groups_of(rows).items():
+        sections += [f"## {data}, {backbone}\n", *_sections(group)]
+    return "\n".join(sections)
+
+
+def groups_of(rows: Sequence[_Row]) -> dict[tuple[str, str], Group]:
+    """Data set and backbone -> their rows."""
     grouped: dict[tuple[str, str], list[_Row]] = {}
     for row in rows:
         grouped.setdefault((row["data"], row["backbone"]), []).append(row)
-    sections = [_INTRODUCTION, _origin(rows)]
-    for (data, backbone), members in grouped.items():
-        group = _Group(members)
-        sections += [f"## {data}, {backbone}\n", *_sections(group)]
-    return "\n".join(sections)
+    return {name: Group(members) for name, members in grouped.items()}
 
 
 def _check_settings(rows: Sequence[_Row]) -> None:
@@ -128,7 +132,7 @@ def _origin(rows: Sequence[_Row]) -> str:
     return f"{len(rows)} rows, of commit {commits}; {'; '.join(sorted(machines))}.\n"
 
 
-def _sections(group: _Group) -> Iterator[str]:
+def _sections(group: Group) -> Iterator[str]:
     yield _full_line(group)
     if not group.scorers:
         return
@@ -143,7 +147,7 @@ def _sections(group: _Group) -> Iterator[str]:
             yield _against_each_other(group, fraction)
 
 
-def _full_line(group: _Group) -> str:
+def _full_line(group: Group) -> str:
     rows = group.full.values()
     auc = Estimate.of([row["auc"] for row in rows])
     logloss, ne, table_bytes = (
@@ -156,7 +160,7 @@ def _full_line(group: _Group) -> str:
     )
 
 
-def _overview(group: _Group) -> str:
+def _overview(group: Group) -> str:
     """All fractions of a scorer in one line, the largest area first."""
     areas = {scorer: group.area(scorer) for scorer in group.scorers}
     lines = [
@@ -172,7 +176,7 @@ def _overview(group: _Group) -> str:
     return _table(["scorer", "area over kept", "Spearman", *jaccards], lines)
 
 
-def _truth(group: _Group) -> str:
+def _truth(group: Group) -> str:
     """How much of the planted truth each scorer has found."""
     figures = {"recall": "signal_recall", "precision": "signal_precision"}
     figures["noise dropped"] = "noise_dropped"
@@ -188,19 +192,19 @@ def _truth(group: _Group) -> str:
     return _table(["planted truth", *(f"{name} {k:.0%}" for k, name in columns)], lines)
 
 
-def _spearman(group: _Group, scorer: str) -> float:
+def _spearman(group: Group, scorer: str) -> float:
     # All fractions share the scores.
     by_seed = group.rows(scorer, group.fractions[0]).values()
     scores = [json.loads(row["scores"]) for row in by_seed]
     return _mean(spearman(a, b) for a, b in itertools.combinations(scores, 2))
 
 
-def _jaccard(group: _Group, scorer: str, fraction: float) -> float:
+def _jaccard(group: Group, scorer: str, fraction: float) -> float:
     kept = [json.loads(row["kept"]) for row in group.rows(scorer, fraction).values()]
     return _mean(jaccard(a, b) for a, b in itertools.combinations(kept, 2))
 
 
-def _against_full(group: _Group, fraction: float) -> str:
+def _against_full(group: Group, fraction: float) -> str:
     """A scorer a line, the best AUC first."""
     header = [
         *("scorer", "seeds", "features", "AUC", "AUC difference", "logloss difference"),
@@ -213,7 +217,7 @@ def _against_full(group: _Group, fraction: float) -> str:
     return _table(header, (_against_full_line(group, name, fraction) for name in present))
 
 
-def _against_full_line(group: _Group, scorer: str, fraction: float) -> list[str]:
+def _against_full_line(group: Group, scorer: str, fraction: float) -> list[str]:
     rows = group.rows(scorer, fraction).values()
     differences = (group.to_full(scorer, fraction, name) for name in ("auc", "logloss", "ne"))
     full_rows = itemgetter("continue_samples")
@@ -236,7 +240,7 @@ def _against_full_line(group: _Group, scorer: str, fraction: float) -> list[str]
     ]
 
 
-def _against_each_other(group: _Group, fraction: float) -> str:
+def _against_each_other(group: Group, fraction: float) -> str:
     values = {name: group.values(name, fraction, "auc") for name in group.scorers}
     lines = [
         [
