@@ -1,0 +1,52 @@
+"""A plot of the AUC over the kept fraction, of the rows that the grid has measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+from .report import Group, groups_of  # noqa: E402
+
+# Drawn over the others.
+_HIGHLIGHTED = {"hard_concrete": "tab:red", "random": "black"}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """A panel for each data set and backbone: mean AUC difference to full, by kept fraction."""
+    groups = groups_of(rows)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.5 * len(groups), 4), squeeze=False, layout="constrained"
+    )
+    for panel, ((data, backbone), group) in zip(axes[0], groups.items(), strict=True):
+        panel.set_title(f"{data}, {backbone}")
+        panel.set_xlabel("share of the features kept")
+        panel.axhline(0, color="grey", linewidth=0.5)
+        for scorer in group.scorers:
+            _line(panel, group, scorer)
+        panel.set_xticks([1.0, *group.fractions])
+        panel.invert_xaxis()
+    axes[0][0].set_ylabel("AUC, final less full")
+    axes[0][-1].legend(fontsize=6, loc="lower left", ncols=2)
+    # Without a date and random ids, the same rows give the same file.
+    plt.rcParams["svg.hashsalt"] = "torchrec_fmp"
+    figure.savefig(out, metadata={"Date": None})
+
+
+def _line(panel: Any, group: Group, scorer: str) -> None:
+    color = _HIGHLIGHTED.get(scorer)
+    estimates = [group.to_full(scorer, k, "auc") for k in group.fractions]
+    points = [(k, e.mean) for k, e in zip(group.fractions, estimates, strict=True) if e.count]
+    panel.plot(
+        *zip((1.0, 0.0), *points, strict=True),
+        color=color,
+        marker=".",
+        linewidth=2 if color else 0.8,
+        zorder=3 if color else 2,
+        label=scorer,
+    )
