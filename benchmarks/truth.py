@@ -141,7 +141,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
     },
     "stopping": {
         f"patience of {patience} of 20 checks": [
-            '--scorer.stop={"checks": 20, "patience": %d}' % patience
+            f"--scorer.stop={json.dumps({'checks': 20, 'patience': patience})}"
         ]
         for patience in (3, 5, 8)
     },
