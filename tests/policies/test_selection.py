@@ -18,9 +18,10 @@ SELECTION = Selection({"b": KEPT, "a": DROPPED, "c": replace(KEPT, gate=1.0)})
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 gates = st.floats(0, 1, exclude_min=True)
+confidences = st.none() | st.floats(0, 1)
 decisions = st.one_of(
-    st.builds(FeatureDecision, finite, gates, st.just(True), st.text()),
-    st.builds(FeatureDecision, finite, st.just(0.0), st.just(False), st.text()),
+    st.builds(FeatureDecision, finite, gates, st.just(True), st.text(), confidences),
+    st.builds(FeatureDecision, finite, st.just(0.0), st.just(False), st.text(), confidences),
 )
 selections = st.builds(Selection, st.dictionaries(st.text(), decisions))
 
@@ -54,6 +55,13 @@ def test_a_saved_selection_loads(tmp_path: Path) -> None:
     assert Selection.load(path) == SELECTION
 
 
+def test_a_file_may_leave_the_confidence_out() -> None:
+    content = json.loads(SELECTION.to_json())
+    for decision in content.values():
+        del decision["confidence"]
+    assert Selection.from_json(json.dumps(content)) == SELECTION
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent.json"):
         Selection.load(str(tmp_path / "absent.json"))
@@ -67,6 +75,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"gate": 0.0}, "a kept feature needs a gate above 0"),
         ({"kept": False}, "a dropped one the gate 0"),
         ({"gate": "open"}, "not supported"),
+        ({"confidence": 1.5}, r"confidence is 1.5, it must be in \[0, 1\]"),
         ({"kpet": True}, "kpet"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,21 @@ def test_what_is_gone_stays_gone_with_the_decision_it_went_by(
             assert selection.features[name] == decision
         gone = {name: selection.features[name] for name in selection.dropped}
         assert any(name in selection.kept for name in NAMES[:6])
+
+
+@settings(max_examples=100, deadline=None)
+@given(policies, rounds, st.lists(st.floats(0, 1), min_size=12, max_size=12))
+def test_every_prune_notes_the_confidence_in_its_decisions(
+    policy: Policy,
+    drawn: list[tuple[list[float], list[float]]],
+    shares: list[float],
+) -> None:
+    confidence = dict(zip(NAMES, shares, strict=True))
+    scores = replace(scores_of(NAMES, drawn[0]), confidence=confidence)
+    costs = TABLES if policy.cost_unit else None
+    for prunes in (1, 2):
+        selection = decide_prune(scores, policy, Gradual(prunes), 1, costs=costs)
+        assert {name: d.confidence for name, d in selection.features.items()} == confidence
 
 
 @settings(max_examples=100, deadline=None)

@@ -49,18 +49,19 @@ def decide(
             gate=1.0,
             kept=True,
             reason=f"best of {fqn}, which would be empty; opened from {scores.gates[best]:.3g}",
+            confidence=scores.confidence.get(best),
         )
-    for name, confidence in scores.confidence.items():
-        features[name] = replace(features[name], confidence=confidence)
     return Selection(features)
 
 
 def keep(scores: FeatureScores, feature: str, reason: str) -> FeatureDecision:
     """Keeps a feature at its gate, or fully open where its gate is 0."""
-    gate = scores.gates[feature]
-    return FeatureDecision(scores.scores[feature], gate or 1.0, kept=True, reason=reason)
+    gate = scores.gates[feature] or 1.0
+    confidence = scores.confidence.get(feature)
+    return FeatureDecision(scores.scores[feature], gate, True, reason, confidence)
 
 
 def drop(scores: FeatureScores, feature: str, reason: str) -> FeatureDecision:
     """Drops a feature."""
-    return FeatureDecision(scores.scores[feature], 0.0, kept=False, reason=reason)
+    confidence = scores.confidence.get(feature)
+    return FeatureDecision(scores.scores[feature], 0.0, False, reason, confidence)

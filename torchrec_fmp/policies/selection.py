@@ -37,6 +37,8 @@ class FeatureDecision:
                 f"kept is {self.kept} and gate is {self.gate}: "
                 "a kept feature needs a gate above 0 and a dropped one the gate 0"
             )
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"confidence is {self.confidence}, it must be in [0, 1]")
 
 
 @dataclass(frozen=True)
