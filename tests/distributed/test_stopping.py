@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchrec.datasets.utils import Batch
 
 from tests.distributed.process_group import ProcessGroup
 from tests.distributed.scoring import make_pretraining, this_rank
+from tests.distributed.test_pretraining_rows import ROWS, numbers, write_numbered
 from tests.tiny_run import tiny, write_config
-from torchrec_fmp.config import ConfigError, load_config
+from torchrec_fmp.config import ConfigError, RunConfig, load_config
 from torchrec_fmp.gates.attach import gate_optimizer
 from torchrec_fmp.gates.penalty import L0Penalty
+from torchrec_fmp.job import Job
 from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import decide
 from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.policies.top_fraction import TopFraction
+from torchrec_fmp.pretraining import Pretraining
+from torchrec_fmp.ranks import Ranks
 from torchrec_fmp.scores.feature_scores import FeatureScores
 from torchrec_fmp.scores.hard_concrete import HardConcreteScorer
 from torchrec_fmp.scores.stopping import StableDecision, WatchedGates
@@ -54,7 +60,7 @@ def halves(config_path: str) -> tuple[list[Tensor], list[Tensor]]:
     start = [module.log_alpha.detach().clone() for module in gates]
     optimizer = gate_optimizer(pretraining.job.model, 0.1)
     schedule = GateSchedule(gates, optimizer, L0Penalty(0.01), pretraining.steps, 3, 2)
-    watched = Recorded(StableDecision(), schedule, pretraining, 0.1, 5)
+    watched = Recorded(StableDecision(), schedule, pretraining, optimizer, 5)
     pretraining.train(12, extra=watched)
     by_hand = []
     for half in range(2):
@@ -146,13 +152,105 @@ def test_without_a_stable_decision_all_rows_are_used_and_the_undecided_feature_i
     assert of_ranks[0][3]
 
 
+def rank_by_rank(config_path: str) -> int:
+    """Rows that are trained on where the last rank alone decides otherwise at every question."""
+    pretraining = make_pretraining(config_path)
+    ranks, asked = this_rank(), 0
+
+    def change(scores: FeatureScores) -> Selection:
+        nonlocal asked
+        asked += ranks.rank == ranks.world_size - 1
+        policy = ClosedGates(0.5) if asked % 2 else TopFraction(1.0)
+        return decide(scores, policy)
+
+    pretraining.decide = change
+    HardConcreteScorer(L0Penalty(0.015), 0.2, 0.3, stop=StableDecision(10, 2)).score(pretraining)
+    return pretraining.trained_rows
+
+
+def test_no_rank_ends_before_the_others(ranks_2: ProcessGroup, tmp_path: Path) -> None:
+    trained = ranks_2.run(rank_by_rank, write_config(tmp_path, tiny()))
+    assert trained == [78 * 32] * 2
+
+
+def test_that_no_gate_has_closed_yet_is_no_stable_decision(
+    ranks_1: ProcessGroup, tmp_path: Path
+) -> None:
+    # At this rate all gates are open in the first checks, and some on their way to close.
+    config = stopping(checks=20, patience=4)
+    config["scorer"]["init_args"]["learning_rate"] = 0.04
+    ((selection, samples),) = ranks_1.run(run, write_config(tmp_path, config))
+    assert selection.dropped == NOISE
+    assert samples["pretrain"] > 0.8 * 5000
+
+
+class Counted(Pipeline):
+    """Notes the numbers of the rows that it trains on."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.rows: dict[str, list[int]] = {"pretrain": [], "continue": []}
+
+    def _pretraining(self, job: Job, number: int = 1) -> Pretraining:
+        self._note(job, "pretrain")
+        return super()._pretraining(job, number)
+
+    def _train(self, job: Job, phase: str, *arguments: Any) -> None:
+        self._note(job, phase)
+        super()._train(job, phase, *arguments)
+
+    def _note(self, job: Job, phase: str) -> None:
+        def note(module: nn.Module, inputs: tuple[Batch]) -> None:
+            if module.training:
+                self.rows[phase] += numbers(inputs)
+
+        job.model.register_forward_pre_hook(note)
+
+
+def counted(config_path: str) -> dict[str, list[int]]:
+    config, _ = load_config(config_path)
+    pipeline = Counted(config, this_rank())
+    pipeline.run()
+    return pipeline.rows
+
+
+def test_each_row_is_trained_on_once_before_the_end_of_pretraining_or_after(
+    ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    # The only feature stays, whatever its gate: it is decided from the first check on.
+    stop = {"checks": 20, "patience": 4}
+    config = write_numbered(tmp_path, scorer__init_args__stop=stop)
+    of_ranks = ranks.run(counted, config)
+    world_size = ranks.world_size
+    steps = 300 // (8 * world_size)
+    ended = int(0.3 * steps) + int(0.1 * steps) + 4
+    for rows in of_ranks:
+        assert len(rows["pretrain"]) == 8 * ended < 8 * steps
+    trained = [row for rows in of_ranks for part in rows.values() for row in part]
+    assert len(trained) == len(set(trained))
+    # What is left out does not fill a batch, of what pretraining has left or of the other rows.
+    assert len(trained) > ROWS - 2 * 8 * world_size
+
+
 @pytest.mark.parametrize(("checks", "patience"), [(5, 6), (5, 0)])
 def test_checks_that_could_never_agree_are_refused(checks: int, patience: int) -> None:
     with pytest.raises(ValueError, match="patience"):
         StableDecision(checks, patience)
 
 
+@pytest.mark.parametrize("stop", [{}, {"patience": 3}])
+def test_the_composed_configuration_gives_the_same_rule(
+    tmp_path: Path, stop: dict[str, int]
+) -> None:
+    config, composed = load_config(write_config(tmp_path, stopping(**stop)))
+    (tmp_path / "again.yaml").write_text(composed)
+    again, _ = load_config(str(tmp_path / "again.yaml"))
+    for scorer in (config.scorer, again.scorer):
+        assert isinstance(scorer, HardConcreteScorer)
+        assert scorer.stop == StableDecision(**stop)
+
+
 def test_a_policy_that_decides_when_pretraining_has_ended_cannot_end_it(tmp_path: Path) -> None:
-    config = stopping(checks=6) | {"policy": {"class_path": "BestSize"}}
+    config = stopping(checks=10) | {"policy": {"class_path": "BestSize"}}
     with pytest.raises(ConfigError, match=r"BestSize decides by validation losses"):
         load_config(write_config(tmp_path, config))

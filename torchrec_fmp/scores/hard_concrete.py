@@ -56,9 +56,10 @@ class HardConcreteScorer(Scorer):
     def score(self, pretraining: Pretraining) -> FeatureScores:
         model, steps = pretraining.job.model, pretraining.steps
         open_steps, ramp_steps = int(self.open_fraction * steps), int(self.ramp_fraction * steps)
+        optimizer = gate_optimizer(model, self.learning_rate)
         schedule = GateSchedule(
             gates=pretraining.gates,
-            optimizer=gate_optimizer(model, self.learning_rate),
+            optimizer=optimizer,
             penalty=self.penalty.priced(pretraining.costs, pretraining.share),
             steps=steps,
             open_steps=open_steps,
@@ -68,7 +69,7 @@ class HardConcreteScorer(Scorer):
             pretraining.train(extra=schedule)
             return gate_scores(model)
         floor = open_steps + ramp_steps
-        watched = WatchedGates(self.stop, schedule, pretraining, self.learning_rate, floor)
+        watched = WatchedGates(self.stop, schedule, pretraining, optimizer, floor)
         pretraining.train(extra=watched, until=lambda: watched.is_stable)
         scores = gate_scores(model)
         confidence = watched.confidence(scores)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Adam
 
-from torchrec_fmp.gates.attach import gate_optimizer
+from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.scores.feature_scores import FeatureScores
 from torchrec_fmp.scores.gate_scores import gate_scores
 from torchrec_fmp.train import GateSchedule
@@ -28,12 +28,14 @@ _logger = logging.getLogger(__name__)
 class StableDecision:
     """Ends pretraining once the policy's decision has been the same for a while.
 
-    Three opinions are asked at each check: the gates', and those of two halves of the data. A half
-    is a copy of every `log_alpha` that learns from the gradients of every other step alone, at
-    twice the rate, so that it travels as far. The decision is stable when the opinions about every
-    feature are the same over `patience` checks in a row. It costs three decisions a check and no
-    forward pass. Not before the price has been full for that long, and at the latest when the rows
-    of pretraining end.
+    At each check the policy is asked four times: by the gates; by two halves of the data; and by
+    the gates as they will be when the rows of pretraining end, if they go on at their mean pace
+    since the price is full. A half is a copy of every `log_alpha` that learns from the gradients of
+    every other step alone, at twice the rate, so that it travels as far. The decision is stable
+    when the opinions about every feature are the same over `patience` checks in a row. Without the
+    fourth one, gates that have had no time to close would agree that all features stay.
+
+    A check costs four decisions and no forward pass. Pretraining ends with its rows at the latest.
 
     Args:
         checks: evenly over the steps with the full price.
@@ -44,7 +46,7 @@ class StableDecision:
     """
 
     checks: int = 20
-    patience: int = 5
+    patience: int = 8
 
     def __post_init__(self) -> None:
         if not 1 <= self.patience <= self.checks:
@@ -61,7 +63,7 @@ class WatchedGates:
         stop: when to end.
         schedule: of the gates.
         pretraining: whose policy decides.
-        learning_rate: of the gates.
+        optimizer: of the gates.
         floor: steps before the price is full.
     """
 
@@ -70,15 +72,16 @@ class WatchedGates:
         stop: StableDecision,
         schedule: GateSchedule,
         pretraining: Pretraining,
-        learning_rate: float,
+        optimizer: Adam,
         floor: int,
     ) -> None:
         self._schedule = schedule
         self._pretraining = pretraining
         self._gates = pretraining.gates
         self._floor = floor
+        self._at_floor = self._log_alphas()
         self._every = max(1, (pretraining.steps - floor) // stop.checks)
-        self._halves = [Half(pretraining, 2 * learning_rate) for _ in range(2)]
+        self._halves = [Half(self._gates, optimizer) for _ in range(2)]
         # Of each check and opinion, whether each feature stays.
         self._opinions: deque[list[list[bool]]] = deque(maxlen=stop.patience)
         self.is_stable = False
@@ -92,8 +95,10 @@ class WatchedGates:
             self._halves[step % 2].step()
         self._schedule.update(step)
         past = step + 1 - self._floor
+        if past == 0:
+            self._at_floor = self._log_alphas()
         if past > 0 and past % self._every == 0:
-            self._check(step)
+            self._check(past)
 
     def confidence(self, scores: FeatureScores) -> dict[str, float]:
         """Feature -> the share of the opinions of the last checks that are the gates' now."""
@@ -104,10 +109,18 @@ class WatchedGates:
             for i, name in enumerate(scores.scores)
         }
 
-    def _check(self, step: int) -> None:
-        scores = gate_scores(self._pretraining.job.model)
-        three = [scores, *(half.scores(scores) for half in self._halves)]
-        self._opinions.append([self._opinion(each) for each in three])
+    def _check(self, past: int) -> None:
+        """Asks for the opinions, and whether all ranks hold the decision for stable.
+
+        Args:
+            past: steps with the full price.
+        """
+        now = gate_scores(self._pretraining.job.model)
+        others = [*(half.log_alphas for half in self._halves), self._at_the_end(past)]
+        self._opinions.append(
+            [self._opinion(now)]
+            + [self._opinion(_rescored(now, self._gates, log_alphas)) for log_alphas in others]
+        )
         all_there_are = [opinion for check in self._opinions for opinion in check]
         agree = all(opinion == all_there_are[0] for opinion in all_there_are)
         ranks = self._pretraining.ranks
@@ -117,30 +130,47 @@ class WatchedGates:
         dist.all_reduce(stable, dist.ReduceOp.MIN, group=ranks.group)
         self.is_stable = bool(stable)
         if self.is_stable and ranks.speaks:
-            share = (step + 1) / self._pretraining.steps
-            _logger.info("the decision is stable after %.0f%% of pretraining", 100 * share)
+            steps, all_steps = self._floor + past, self._pretraining.steps
+            _logger.info(
+                "the decision is stable after %d of %d steps of pretraining, %d rows",
+                steps,
+                all_steps,
+                steps * self._pretraining.batch_size * ranks.world_size,
+            )
 
     def _opinion(self, scores: FeatureScores) -> list[bool]:
         features = self._pretraining.decide(scores).features
         return [features[name].kept for name in scores.scores]
+
+    def _log_alphas(self) -> list[Tensor]:
+        return [module.log_alpha.detach().clone() for module in self._gates]
+
+    def _at_the_end(self, past: int) -> list[Tensor]:
+        """`log_alpha` at the end of pretraining's rows, if it goes on as since the floor."""
+        ahead = (self._pretraining.steps - self._floor) / past
+        return [
+            torch.lerp(start, now, ahead).clamp_(*module.config.log_alpha_bounds)
+            for start, now, module in zip(
+                self._at_floor, self._log_alphas(), self._gates, strict=True
+            )
+        ]
 
 
 class Half:
     """Copies of the gates' `log_alpha` that learn from some of the steps.
 
     Args:
-        pretraining: whose gates, whose gradients it learns from.
-        learning_rate: of Adam.
+        gates: whose gradients it learns from.
+        optimizer: of the gates; a half has another of its settings and twice its rate.
     """
 
-    def __init__(self, pretraining: Pretraining, learning_rate: float) -> None:
-        self._gates = pretraining.gates
-        self.log_alphas = [
-            torch.nn.Parameter(module.log_alpha.detach().clone()) for module in self._gates
+    def __init__(self, gates: Sequence[FeatureGates], optimizer: Adam) -> None:
+        self._gates = gates
+        self.log_alphas: list[Tensor] = [
+            torch.nn.Parameter(module.log_alpha.detach().clone()) for module in gates
         ]
-        # With the gates' own other settings.
-        defaults = gate_optimizer(pretraining.job.model, learning_rate).defaults
-        self._optimizer = Adam(self.log_alphas, **defaults)
+        settings = optimizer.defaults
+        self._optimizer = Adam(self.log_alphas, **{**settings, "lr": 2 * settings["lr"]})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -152,16 +182,19 @@ class Half:
             log_alpha.grad = None
             log_alpha.clamp_(*module.config.log_alpha_bounds)
 
-    @torch.no_grad()
-    def scores(self, like: FeatureScores) -> FeatureScores:
-        """Those of `gate_scores`, by these copies."""
-        scores: dict[str, float] = {}
-        gates: dict[str, float] = {}
-        for log_alpha, module in zip(self.log_alphas, self._gates, strict=True):
-            values = module.config.distribution.deterministic(log_alpha)
-            scores.update(zip(module.features, log_alpha.tolist(), strict=True))
-            gates.update(zip(module.features, values.tolist(), strict=True))
-        return replace(like, scores=scores, gates=gates)
+
+@torch.no_grad()
+def _rescored(
+    scores: FeatureScores, gates: Sequence[FeatureGates], log_alphas: Sequence[Tensor]
+) -> FeatureScores:
+    """Those of `gate_scores`, by other `log_alpha` than the gates have."""
+    by_feature: dict[str, float] = {}
+    values: dict[str, float] = {}
+    for log_alpha, module in zip(log_alphas, gates, strict=True):
+        by_feature.update(zip(module.features, log_alpha.tolist(), strict=True))
+        gate = module.config.distribution.deterministic(log_alpha)
+        values.update(zip(module.features, gate.tolist(), strict=True))
+    return replace(scores, scores=by_feature, gates=values)
 
 
 def warn_of_undecided(confidence: Mapping[str, float], speaks: bool) -> None:
