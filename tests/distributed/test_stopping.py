@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchrec.datasets.utils import Batch
 
@@ -23,7 +25,7 @@ from torchrec_fmp.job import Job
 from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.policies.closed_gates import ClosedGates
 from torchrec_fmp.policies.policy import decide
-from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.policies.selection import FeatureDecision, Selection
 from torchrec_fmp.policies.top_fraction import TopFraction
 from torchrec_fmp.pretraining import Pretraining
 from torchrec_fmp.ranks import Ranks
@@ -110,6 +112,56 @@ def test_a_clear_decision_ends_pretraining_early_and_the_rows_left_are_trained_o
     left_out = 10_000 - samples["pretrain"] - samples["continue"]
     assert 0 <= left_out < 2 * 100 * len(of_ranks) + 32 * len(of_ranks)
     assert Selection.from_json(selection.to_json()) == selection
+
+
+def test_each_of_several_prunes_may_end_early_by_a_budget(
+    ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    budget = {"class_path": "TopBudget", "init_args": {"keep": 0.5, "unit": "hbm"}}
+    gradual = {"class_path": "Gradual", "init_args": {"prunes": 2}}
+    config = stopping(patience=2) | {"policy": budget, "schedule": gradual}
+    of_ranks = ranks.run(run, write_config(tmp_path, config))
+    selection, samples = of_ranks[0]
+    assert all(other == (selection, samples) for other in of_ranks)
+    assert all(decision.confidence is not None for decision in selection.features.values())
+    assert samples["pretrain"] < 4900
+    assert 10_000 - samples["pretrain"] - samples["continue"] < 3 * 100 * len(of_ranks)
+
+
+def ends_as_soon_as_all_agree(config_path: str) -> None:
+    """Over the answers of each check about one feature, `a` to keep it and `b` to drop it."""
+    pretraining = make_pretraining(config_path)
+    optimizer = gate_optimizer(pretraining.job.model, 0.1)
+    schedule = GateSchedule(pretraining.gates, optimizer, L0Penalty(), pretraining.steps, 0, 0)
+    everything = TopFraction(1.0)
+
+    @settings(max_examples=200, deadline=None, database=None)
+    @given(
+        st.lists(st.sampled_from(["aaaa", "bbbb", "aaab", "abaa"]), max_size=9), st.integers(1, 4)
+    )
+    def check(checks: list[str], patience: int) -> None:
+        answers = iter("".join(checks))
+
+        def decide_as_told(scores: FeatureScores) -> Selection:
+            features = dict(decide(scores, everything).features)
+            if next(answers) == "b":
+                features["main_0"] = FeatureDecision(0.0, 0.0, kept=False, reason="told")
+            return Selection(features)
+
+        pretraining.decide = decide_as_told
+        watched = WatchedGates(StableDecision(9, patience), schedule, pretraining, optimizer, 0)
+        for past, _ in enumerate(checks, 1):
+            watched._check(past)
+            window = "".join(checks[max(0, past - patience) : past])
+            assert watched.is_stable == (past >= patience and len(set(window)) == 1)
+
+    check()
+
+
+def test_a_decision_is_stable_once_all_opinions_of_enough_checks_agree(
+    ranks_1: ProcessGroup, tmp_path: Path
+) -> None:
+    ranks_1.run(ends_as_soon_as_all_agree, write_config(tmp_path, tiny()))
 
 
 def undecided(config_path: str) -> tuple[FeatureScores, int, int, Sequence[str]]:
