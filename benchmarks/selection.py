@@ -5,9 +5,9 @@
 
 A grid of data sets, backbones, scorers and seeds, each cell a process of its own: one scoring, and
 from it a pruned model at each kept fraction. Names and settings are in selection_grid/settings.py.
-Stopped and started again, it goes on with the cells that are not finished; a cell that is to run
-again, as its scorer's code has changed, is one whose file in results/rows is removed. Timings are
-honest with one job on an idle machine.
+Stopped and started again, it goes on with the cells that are not finished, by results/rows or
+results/selection.parquet; where a scorer's code has changed, `--again` runs its cells nevertheless.
+Timings are honest with one job on an idle machine.
 
 The folder of `--data` holds flights13.parquet, diabetes130.parquet and census_kdd.parquet, each
 with string fields, a `label`, and `is_test` for the last tenth of its rows.
@@ -42,6 +42,7 @@ def main() -> int:
     run.add_argument("--fractions", nargs="+", type=float, default=settings.FRACTIONS)
     run.add_argument("--seeds", type=int, default=5, help="how many")
     run.add_argument("--jobs", type=int, default=1, help="cells at the same time")
+    run.add_argument("--again", action="store_true", help="also run what is finished")
     report = verbs.add_parser("report", help="the comparison as Markdown")
     report.add_argument("--out", type=Path, help="file; standard output by default")
     report.add_argument("--plot", type=Path, help="SVG file of the AUC over the kept fraction")
@@ -78,7 +79,7 @@ def run_grid(arguments: argparse.Namespace) -> int:
     if not cells:
         print("There is no data to run on: name some by --data, --planted or --prepared.")
         return 0
-    failed = grid.run(cells, arguments.results, arguments.jobs)
+    failed = grid.run(cells, arguments.results, arguments.jobs, again=arguments.again)
     for name, error in failed.items():
         file = arguments.results / "rows" / f"{name}.error"
         sys.stderr.write(f"{name} failed, see {file}: {error.splitlines()[-1]}\n")

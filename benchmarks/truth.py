@@ -93,9 +93,9 @@ PLANTED: dict[str, dict[str, Any]] = {
 ACCEPTED = ["planted24", "planted28", "planted60", "planted100"]
 FRACTION = 0.15
 
-# Batch size in pretraining and learning rate of the gates; 256 and 0.1 are the defaults.
-_STEPS = [(128, 0.05), (128, 0.1), (256, 0.03), (256, 0.3), (512, 0.1), (512, 0.3), (1024, 0.1)]
-_STEPS += [(1024, 0.3)]
+# Batch size in pretraining and learning rate of the gates; the defaults are 128, as the demo's
+# training, and 0.1.
+_STEPS = [(64, 0.1), (128, 0.03), (128, 0.3), (256, 0.1), (256, 0.3), (512, 0.1), (512, 0.3)]
 # Study -> variant -> what it changes.
 DEFAULTS = "the defaults"
 STUDIES: dict[str, dict[str, list[str]]] = {
@@ -114,8 +114,11 @@ STUDIES: dict[str, dict[str, list[str]]] = {
             for size, rate in _STEPS
         },
         **{
-            f"L0 weight {weight}": [f"--scorer.penalty.weight={weight}"]
-            for weight in ("5e-4", "1e-3", "4e-3")
+            f"L0 weight {weight}": [
+                "--scorer.penalty=L0Penalty",
+                f"--scorer.penalty.weight={weight}",
+            ]
+            for weight in ("1e-4", "2e-4", "1e-3", "2e-3")
         },
         **{
             f"open for {share} of the steps": [f"--scorer.open_fraction={share}"]
@@ -137,7 +140,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         },
         "gates that must close to exactly 0": ["--policy.threshold=0"],
         "dense rate 1e-3": ["--train.learning_rate=1e-3"],
-        "table rate 5e-2": ["--train.embedding_learning_rate=5e-2"],
+        "table rate 2e-2": ["--train.embedding_learning_rate=2e-2"],
     },
     "stopping": {
         f"patience of {patience} of 20 checks": [

@@ -63,22 +63,29 @@ def cells_of(
 
 
 def run(
-    cells: Sequence[Cell], out: Path, jobs: int, say: Callable[[str], None] = print
+    cells: Sequence[Cell],
+    out: Path,
+    jobs: int,
+    say: Callable[[str], None] = print,
+    again: bool = False,
 ) -> dict[str, str]:
     """Runs the cells that are not finished, and writes `selection.parquet` of all there are.
 
     Args:
         cells: to run.
-        out: gets rows/<cell>.json as soon as a cell is done, and rows/<cell>.error if it fails.
+        out: gets rows/<cell>.json as soon as a cell is done, and rows/<cell>.error if it fails. A
+            cell whose rows are in its `selection.parquet` is done, too.
         jobs: cells at the same time.
         say: gets a line a cell.
+        again: whether to run those that are finished, too.
 
     Returns:
         Name -> traceback of the cells that failed; the others have run.
     """
     rows = out / "rows"
     rows.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells if not _finished(cell, rows)]
+    _restore(out)
+    todo = [cell for cell in cells if again or not _finished(cell, rows)]
     say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
@@ -109,6 +116,19 @@ def merge(out: Path) -> None:
     partial = out / "selection.parquet.partial"
     pq.write_table(pa.Table.from_pylist(rows, schema), partial)
     os.replace(partial, out / "selection.parquet")
+
+
+def _restore(out: Path) -> None:
+    """Writes the rows of `selection.parquet` that have no file."""
+    merged = out / "selection.parquet"
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for row in pq.read_table(merged).to_pylist() if merged.exists() else []:
+        name = "-".join(str(row[part]) for part in ("data", "backbone", "scorer", "seed"))
+        cells.setdefault(name, []).append(row)
+    for name, members in cells.items():
+        path = out / "rows" / f"{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(members, indent=1))
 
 
 def _plain(hint: Any) -> type:

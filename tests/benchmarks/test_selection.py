@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_a_grid_runs_on_over_a_failing_cell_and_does_not_run_finished_cells_agai
     assert grid.run(cells, directory, jobs=2, say=lines.append).keys() == failed.keys()
     assert lines[0] == f"{len(files)} of {len(cells)} cells are finished"
     assert files == {path: path.stat().st_mtime_ns for path in directory.glob("rows/*.json")}
+    assert pq.read_table(directory / "selection.parquet").to_pylist() == rows
+
+    # The merged rows alone say as well what is finished.
+    shutil.rmtree(directory / "rows")
+    lines.clear()
+    assert grid.run(cells, directory, jobs=2, say=lines.append).keys() == failed.keys()
+    assert lines[0] == f"{len(files)} of {len(cells)} cells are finished"
     assert pq.read_table(directory / "selection.parquet").to_pylist() == rows
 
 
