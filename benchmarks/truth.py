@@ -38,12 +38,8 @@ TEST_ROWS = 100_000
 # is positive; noise reaches from two values to a million.
 _IMBALANCED = {"bias": -3.5, "noise_cardinalities": [2, 1_000_000]}
 PLANTED: dict[str, dict[str, Any]] = {
-    "planted24": {
-        **_IMBALANCED,
-        "main": 6,
-        "noise": 7,
-        "cardinalities": [10, 10_000],
-    },
+    "planted24": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 1000]},
+    "planted24_wide": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 10_000]},
     "planted28": {},
     "planted60": {
         **_IMBALANCED,
@@ -194,7 +190,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     run = verbs.add_parser("run", help="run what is not there yet")
     run.add_argument("--study", choices=STUDIES, default="acceptance")
     run.add_argument("--planted", nargs="+", choices=PLANTED, default=ACCEPTED)
@@ -206,6 +202,9 @@ def main() -> int:
     for verb in (run, report):
         verb.add_argument("--out", type=Path, default=BENCHMARKS / "results" / "truth.jsonl")
     arguments = parser.parse_args()
+    if arguments.verb is None:
+        print("Nothing to do without a verb:\n" + (__doc__ or "").split("\n\n")[1])
+        return 0
     runs = read(arguments.out)
     if arguments.verb == "report":
         print(tables(runs))

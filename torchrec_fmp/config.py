@@ -186,7 +186,8 @@ class RunConfig:
             )
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, it must be at least 0")
-        if isinstance(self.policy, BestSize) and getattr(self.scorer, "stop", None):
+        stops = isinstance(self.scorer, HardConcreteScorer) and self.scorer.stop is not None
+        if stops and isinstance(self.policy, BestSize):
             raise ValueError(
                 "policy BestSize decides by validation losses that are measured when pretraining "
                 "has ended, and scorer.stop ends pretraining when the decision is stable: leave "

@@ -25,11 +25,11 @@ class GateConfig:
             feels the penalty any more, and one below the lower could not come back.
         sampling: `example` draws one gate value for each example and feature, `batch` one for each
             feature. Both find the planted truth about equally often; per batch is cheaper
-            (docs/experiments.md, docs/benchmarks.md).
+            (docs/method.md, docs/benchmarks.md).
         centered: judge a feature by how its embedding varies over the batch. A feature without
             signal is soon used as a constant that other features' dot products are read with;
             its embedding's mean then makes the exact gradient keep the gate open. Centering leaves
-            the mean out of the gate's gradient, and of nothing else (docs/experiments.md).
+            the mean out of the gate's gradient, and of nothing else (docs/method.md).
         seed: of the noise, which is a function of (seed, step, rank, module) alone.
         distribution: the hard concrete's shape.
 
