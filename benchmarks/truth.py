@@ -251,7 +251,7 @@ def measure(what: tuple[str, str, str, int, int]) -> Run:
     options = [
         *(f"--data.{name}={json.dumps(value)}" for name, value in planted.items()),
         f"--pretrain.samples={int(FRACTION * ROWS)}",
-        f"--reference={json.dumps(study == 'acceptance')}",
+        f"--reference={json.dumps(study == 'whole')}",
         f"--seed={seed}",
         *STUDIES[study][variant],
     ]
