@@ -25,6 +25,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "parameters": {"before": 5_000, "after": 1_000},
         "step_ms": {"full": 2.0, "gated": 1.25, "pruned": 1.0},
         "seconds": {"full": 3.0, "pretrain": 1.5, "prune": 0.1, "continue": 2.0},
+        "samples": {"pretrain": 1500, "continue": 10_000},
         "replaced": [],
         "parity_max_abs": 2.4e-7,
     } | changes
@@ -53,6 +54,7 @@ def test_metrics_sizes_and_speed_stand_side_by_side() -> None:
     assert line(report, "parameters") == ["parameters", "5,000", "1,000", "0.20"]
     assert line(report, "table bytes")[2:] == ["1,000", "250", "0.25"]
     assert line(report, "step, ms")[2:] == ["2.00", "1.00", "0.50"]
+    assert line(report, "rows") == ["rows", "pretrain", "1,500,", "continue", "10,000"]
     assert line(report, "parity")[1] == "2.4e-07"
     assert "planted" not in report
 

@@ -66,9 +66,10 @@ def format_report(result: Mapping[str, Any], truth: PlantedTruth | None, directo
     if truth is not None:
         lines += ["", *_truth_lines(result, truth)]
     lines += ["", *_metric_lines(result["metrics"]), "", *_size_lines(result)]
-    seconds = result["seconds"].items()
+    samples, seconds = result["samples"].items(), result["seconds"].items()
     lines += [
         "",
+        "rows       " + ", ".join(f"{phase} {rows:,}" for phase, rows in samples),
         "seconds    " + ", ".join(f"{phase} {format_number(s, '.1f')}" for phase, s in seconds),
     ]
     lines.append(f"parity     {format_number(result['parity_max_abs'], '.1e')} largest difference")
