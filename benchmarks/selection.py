@@ -95,7 +95,7 @@ def prepared_data(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
         for name in arguments.real:
             yield name, prepare_real(arguments.data / f"{name}.parquet", cache)
     for name in arguments.planted:
-        yield name, prepare_planted(name, settings.PLANTED[name], cache)
+        yield name, prepare_planted(name, settings.PLANTED[name] | settings.PLANTED_ROWS, cache)
     for named in arguments.prepared:
         name, _, directory = named.partition("=")
         yield name, Path(directory)

@@ -26,7 +26,8 @@ import tempfile
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from selection_grid.settings import PLANTED
 
 BENCHMARKS = Path(__file__).parent
 CONFIG = BENCHMARKS.parent / "configs" / "demo.yaml"
@@ -34,58 +35,6 @@ STRONG = 1e-3
 ROWS = 1_000_000
 TEST_ROWS = 100_000
 
-# Arguments of the planted data by name, which says how many features there are. One label in ten
-# is positive; noise reaches from two values to a million.
-_IMBALANCED = {"bias": -3.5, "noise_cardinalities": [2, 1_000_000]}
-PLANTED: dict[str, dict[str, Any]] = {
-    "planted24": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 1000]},
-    "planted24_wide": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 10_000]},
-    "planted28": {},
-    "planted60": {
-        **_IMBALANCED,
-        "main": 12,
-        "pairs": 3,
-        "copies": 5,
-        "noise": 27,
-        "dense": 3,
-        "dense_noise": 3,
-        "multi_valued": 2,
-        "multi_valued_noise": 2,
-        "strongest": 0.7,
-        "weakest": 0.25,
-        "cardinalities": [10, 1000],
-    },
-    "planted100": {
-        **_IMBALANCED,
-        "main": 20,
-        "pairs": 4,
-        "copies": 8,
-        "noise": 50,
-        "dense": 4,
-        "dense_noise": 4,
-        "multi_valued": 3,
-        "multi_valued_noise": 3,
-        "strongest": 0.6,
-        "weakest": 0.25,
-        "cardinalities": [10, 1000],
-    },
-    "planted400": {
-        **_IMBALANCED,
-        "main": 40,
-        "pairs": 10,
-        "copies": 20,
-        "noise": 290,
-        "dense": 8,
-        "dense_noise": 8,
-        "multi_valued": 6,
-        "multi_valued_noise": 8,
-        "strongest": 0.5,
-        "weakest": 0.25,
-        "bias": -4.0,
-        "cardinalities": [10, 1000],
-        "noise_cardinalities": [2, 100_000],
-    },
-}
 ACCEPTED = ["planted24", "planted28", "planted60", "planted100"]
 FRACTION = 0.15
 

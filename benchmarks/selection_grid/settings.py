@@ -28,28 +28,31 @@ TRAIN: dict[str, dict[str, Any]] = {
         "embedding_learning_rate": 5e-2,
     },
 }
-TRAIN_ELSE: dict[str, Any] = {"batch_size": 512}
+TRAIN_ELSE: dict[str, Any] = {"batch_size": 256}
 
-# Arguments of SyntheticDataset. About one label in ten is positive; noise reaches from two values
-# to more than there are rows; a fifth of the signals is multi-valued or dense.
+# Arguments of SyntheticDataset by name, which says how many features there are. One label in ten is
+# positive, in planted28 three; noise reaches from two values to a million.
+_IMBALANCED = {"bias": -3.5, "noise_cardinalities": [2, 1_000_000]}
 PLANTED: dict[str, dict[str, Any]] = {
-    "planted28": {
-        "rows": 200_000,
-        "test_rows": 100_000,
-        "main": 7,
-        "pairs": 2,
-        "copies": 3,
-        "noise": 7,
-        "dense": 2,
-        "dense_noise": 2,
+    "planted24": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 1000]},
+    "planted24_wide": {**_IMBALANCED, "main": 6, "noise": 7, "cardinalities": [10, 10_000]},
+    "planted28": {},
+    "planted60": {
+        **_IMBALANCED,
+        "main": 12,
+        "pairs": 3,
+        "copies": 5,
+        "noise": 27,
+        "dense": 3,
+        "dense_noise": 3,
         "multi_valued": 2,
-        "multi_valued_noise": 1,
-        "bias": -3.5,
-        "noise_cardinalities": (2, 1_000_000),
+        "multi_valued_noise": 2,
+        "strongest": 0.7,
+        "weakest": 0.25,
+        "cardinalities": [10, 1000],
     },
     "planted100": {
-        "rows": 200_000,
-        "test_rows": 100_000,
+        **_IMBALANCED,
         "main": 20,
         "pairs": 4,
         "copies": 8,
@@ -59,13 +62,11 @@ PLANTED: dict[str, dict[str, Any]] = {
         "multi_valued": 3,
         "multi_valued_noise": 3,
         "strongest": 0.6,
-        "weakest": 0.1,
-        "bias": -3.5,
-        "noise_cardinalities": (2, 1_000_000),
+        "weakest": 0.25,
+        "cardinalities": [10, 1000],
     },
     "planted400": {
-        "rows": 200_000,
-        "test_rows": 100_000,
+        **_IMBALANCED,
         "main": 40,
         "pairs": 10,
         "copies": 20,
@@ -75,12 +76,14 @@ PLANTED: dict[str, dict[str, Any]] = {
         "multi_valued": 6,
         "multi_valued_noise": 8,
         "strongest": 0.5,
-        "weakest": 0.05,
+        "weakest": 0.25,
         "bias": -4.0,
-        # Ten times as many would be 1.4 GB of tables.
-        "noise_cardinalities": (2, 100_000),
+        "cardinalities": [10, 1000],
+        "noise_cardinalities": [2, 100_000],
     },
 }
+# In the grid, which trains on all of them three times.
+PLANTED_ROWS = {"rows": 200_000, "test_rows": 100_000}
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "dlrm": {
