@@ -91,9 +91,10 @@ def test_the_split_is_erases_for_the_rows_of_its_data_sets(rows):
 def test_validation_rows_are_in_neither_split():
     table = MemoryTable({"t": list(range(10))}, 3)
     split = OrderSplit.fit(table, 0.1, 0.2)
+    masks = [split.masks(chunk) for chunk in table.scan(["t"])]
     train, test = (
-        [row for chunk in table.scan(["t"]) for row in mask(chunk).to_pylist()]
-        for mask in (split.train_mask, split.test_mask)
+        [row for mask in of_split for row in mask.to_pylist()]
+        for of_split in zip(*masks, strict=True)
     )
     assert train == [True] * 7 + [False] * 3
     assert test == [False] * 9 + [True]

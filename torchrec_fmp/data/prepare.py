@@ -249,7 +249,8 @@ def _fit_id_maps(config: PrepareConfig, raw: RawTable, split: RowSplit) -> Mappi
     names = dict.fromkeys((*columns.sparse, *split.columns))
     with ThreadPoolExecutor() as pool, _progress("counting values") as progress:
         for chunk in raw.scan(list(names)):
-            train = chunk.rows.filter(split.train_mask(chunk))
+            train_mask, _ = split.masks(chunk)
+            train = chunk.rows.filter(train_mask)
             _count(replace(chunk, rows=train), columns.multivalued, counts, pool)
             progress.update(chunk.rows.num_rows)
         vocabularies = pool.map(
@@ -281,8 +282,9 @@ def _write_splits(
         )
         for chunk in raw.scan(list(names)):
             table = converter.convert(chunk, pool)
-            train.write(table.filter(split.train_mask(chunk)))
-            test.write(table.filter(split.test_mask(chunk)))
+            train_mask, test_mask = split.masks(chunk)
+            train.write(table.filter(train_mask))
+            test.write(table.filter(test_mask))
             progress.update(chunk.rows.num_rows)
     writers = {"train": train, "test": test}
     for name, writer in writers.items():

@@ -31,9 +31,10 @@ class RowSplit(abc.ABC):
     def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
         """True for the chunk's rows that belong to the test split."""
 
-    def train_mask(self, chunk: RawChunk) -> pa.BooleanArray:
-        """True for the chunk's rows that belong to the train split."""
-        return pc.invert(self.test_mask(chunk))
+    def masks(self, chunk: RawChunk) -> tuple[pa.BooleanArray, pa.BooleanArray]:
+        """True for the chunk's rows that belong to the train split, and to the test split."""
+        test = self.test_mask(chunk)
+        return pc.invert(test), test
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class OrderSplit(RowSplit):
     def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
         return pa.array(_positions(chunk) >= self.test_start)
 
-    def train_mask(self, chunk: RawChunk) -> pa.BooleanArray:
-        return pa.array(_positions(chunk) < self.train_rows)
+    def masks(self, chunk: RawChunk) -> tuple[pa.BooleanArray, pa.BooleanArray]:
+        return pa.array(_positions(chunk) < self.train_rows), self.test_mask(chunk)
 
 
 @dataclass(frozen=True)
