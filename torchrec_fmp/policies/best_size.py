@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from torchrec_fmp.policies.policy import Policy, drop, keep
+from torchrec_fmp.policies.policy import Policy, keep_best
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.scores.feature_scores import FeatureScores
 
@@ -47,13 +47,7 @@ class BestSize(Policy):
                 "torchrec_fmp.scores.size_curve.with_losses, as a run does"
             )
         count = smallest_size(scores.losses, self.standard_errors)
-        best = set(scores.ranked[:count])
-        features = {}
-        for rank, name in enumerate(scores.ranked, start=1):
-            reason = f"rank {rank} of {len(scores.ranked)}, {count} are as good as any number"
-            decision = keep if name in best else drop
-            features[name] = decision(scores, name, reason)
-        return Selection({name: features[name] for name in scores.scores})
+        return keep_best(scores, count, f"{count} are as good as any number")
 
 
 def smallest_size(losses: Mapping[int, Sequence[float]], standard_errors: float) -> int:

@@ -54,6 +54,20 @@ def decide(
     return Selection(features)
 
 
+def keep_best(scores: FeatureScores, count: int, why: str) -> Selection:
+    """Keeps that many of the best features, by score; ties by order. `why` ends the reasons."""
+    ranked = scores.ranked
+    ranks = {name: rank for rank, name in enumerate(ranked, start=1)}
+    return Selection(
+        {
+            name: (keep if ranks[name] <= count else drop)(
+                scores, name, f"rank {ranks[name]} of {len(ranked)}, {why}"
+            )
+            for name in scores.scores
+        }
+    )
+
+
 def keep(scores: FeatureScores, feature: str, reason: str) -> FeatureDecision:
     """Keeps a feature at its gate, or fully open where its gate is 0."""
     gate = scores.gates[feature] or 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchrec_fmp.policies.policy import Policy, drop, keep
+from torchrec_fmp.policies.policy import Policy, keep_best
 from torchrec_fmp.policies.selection import Selection
 from torchrec_fmp.scores.feature_scores import FeatureScores
 
@@ -24,11 +24,4 @@ class TopFraction(Policy):
 
     def select(self, scores: FeatureScores) -> Selection:
         count = max(1, round(self.fraction * len(scores.scores)))
-        ranked = scores.ranked
-        best = set(ranked[:count])
-        features = {}
-        for rank, name in enumerate(ranked, start=1):
-            reason = f"rank {rank} of {len(ranked)}, {count} stay"
-            decision = keep if name in best else drop
-            features[name] = decision(scores, name, reason)
-        return Selection({name: features[name] for name in scores.scores})
+        return keep_best(scores, count, f"{count} stay")

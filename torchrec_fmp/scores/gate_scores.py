@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+from torch import Tensor, nn
 
 from torchrec_fmp.gates.attach import embedding_features, feature_gates
+from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.scores.feature_scores import FeatureScores
 
 
@@ -17,11 +20,18 @@ def gate_scores(model: nn.Module) -> FeatureScores:
     Raises:
         ValueError: if the model has no gates.
     """
-    scores: dict[str, float] = {}
-    gates: dict[str, float] = {}
-    for _, module in feature_gates(model):
-        scores.update(zip(module.features, module.log_alpha.tolist(), strict=True))
-        gates.update(zip(module.features, module.values().tolist(), strict=True))
+    modules = [module for _, module in feature_gates(model)]
+    scores = by_feature(modules, [module.log_alpha for module in modules])
     if not scores:
         raise ValueError("the model has no gates: call attach_gates before it is sharded")
+    gates = by_feature(modules, [module.values() for module in modules])
     return FeatureScores(scores, gates, embedding_features(model))
+
+
+def by_feature(gates: Sequence[FeatureGates], values: Sequence[Tensor]) -> dict[str, float]:
+    """Feature -> its value, of one tensor (F,) for each module of gates."""
+    return {
+        feature: value
+        for module, of_module in zip(gates, values, strict=True)
+        for feature, value in zip(module.features, of_module.tolist(), strict=True)
+    }

@@ -15,7 +15,7 @@ from torch.optim import Adam
 
 from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.scores.feature_scores import FeatureScores
-from torchrec_fmp.scores.gate_scores import gate_scores
+from torchrec_fmp.scores.gate_scores import by_feature, gate_scores
 from torchrec_fmp.train import GateSchedule
 
 if TYPE_CHECKING:
@@ -188,13 +188,11 @@ def _rescored(
     scores: FeatureScores, gates: Sequence[FeatureGates], log_alphas: Sequence[Tensor]
 ) -> FeatureScores:
     """Those of `gate_scores`, by other `log_alpha` than the gates have."""
-    by_feature: dict[str, float] = {}
-    values: dict[str, float] = {}
-    for log_alpha, module in zip(log_alphas, gates, strict=True):
-        by_feature.update(zip(module.features, log_alpha.tolist(), strict=True))
-        gate = module.config.distribution.deterministic(log_alpha)
-        values.update(zip(module.features, gate.tolist(), strict=True))
-    return replace(scores, scores=by_feature, gates=values)
+    values = [
+        module.config.distribution.deterministic(log_alpha)
+        for log_alpha, module in zip(log_alphas, gates, strict=True)
+    ]
+    return replace(scores, scores=by_feature(gates, log_alphas), gates=by_feature(gates, values))
 
 
 def warn_of_undecided(confidence: Mapping[str, float], speaks: bool) -> None:
