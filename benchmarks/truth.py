@@ -27,11 +27,10 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from selection_grid.settings import PLANTED
+from selection_grid.settings import PLANTED, STRONG
 
 BENCHMARKS = Path(__file__).parent
 CONFIG = BENCHMARKS.parent / "configs" / "demo.yaml"
-STRONG = 1e-3
 ROWS = 1_000_000
 TEST_ROWS = 100_000
 
@@ -285,16 +284,13 @@ def costs(runs: list[Run]) -> list[str]:
 
 def plot(runs: list[Run], out: Path) -> None:
     """A panel for each data set: every run's margin, by setting; right of 0 all are told apart."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
+    from selection_grid.plot import save
 
     data = list(dict.fromkeys(run.data for run in runs))
     variants = list(dict.fromkeys(run.variant for run in runs))[::-1]
-    figure, axes = plt.subplots(
-        1, len(data), figsize=(4 * len(data) + 2, 6), sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(4 * len(data) + 2, 6), layout="constrained")
+    axes = figure.subplots(1, len(data), sharey=True, squeeze=False)
     for panel, name in zip(axes[0], data, strict=True):
         members = [run for run in runs if run.data == name]
         panel.set_title(name)
@@ -304,10 +300,7 @@ def plot(runs: list[Run], out: Path) -> None:
         panel.scatter([run.margin for run in members], places, c=colors, s=14)
         panel.set_yticks(range(len(variants)), variants)
         panel.set_xlabel("log_alpha of the weakest signal less the strongest noise's")
-    figure.tight_layout()
-    # Without a date and random ids, the same runs give the same file.
-    plt.rcParams["svg.hashsalt"] = "torchrec_fmp"
-    figure.savefig(out, metadata={"Date": None})
+    save(figure, out)
 
 
 if __name__ == "__main__":

@@ -33,10 +33,9 @@ from torchrec_fmp.train import train
 
 from .data import planted
 from .scored_once import ScoredOnce, shards_of
+from .settings import STRONG
 
 FULL = "full"
-# Planted features whose effect adds less to the AUC are too weak to be missed.
-STRONG = 1e-3
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.figure import Figure
 
-matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
-
-from .report import Group, groups_of  # noqa: E402
+from .report import Group, groups_of
 
 # Drawn over the others.
 _HIGHLIGHTED = {"hard_concrete": "tab:red", "random": "black"}
@@ -20,9 +18,8 @@ _HIGHLIGHTED = {"hard_concrete": "tab:red", "random": "black"}
 def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """A panel for each data set and backbone: mean AUC difference to full, by kept fraction."""
     groups = groups_of(rows)
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(4.5 * len(groups), 4), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
+    axes = figure.subplots(1, len(groups), squeeze=False)
     for panel, ((data, backbone), group) in zip(axes[0], groups.items(), strict=True):
         panel.set_title(f"{data}, {backbone}")
         panel.set_xlabel("share of the features kept")
@@ -33,9 +30,13 @@ def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
         panel.invert_xaxis()
     axes[0][0].set_ylabel("AUC, final less full")
     axes[0][-1].legend(fontsize=6, loc="lower left", ncols=2)
-    # Without a date and random ids, the same rows give the same file.
-    plt.rcParams["svg.hashsalt"] = "torchrec_fmp"
-    figure.savefig(out, metadata={"Date": None})
+    save(figure, out)
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Writes an SVG file, without a date and random ids: the same figure gives the same file."""
+    with matplotlib.rc_context({"svg.hashsalt": "torchrec_fmp"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
 
 
 def _line(panel: Any, group: Group, scorer: str) -> None:

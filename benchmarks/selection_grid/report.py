@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
 
-from .cell import FULL, STRONG
+from .cell import FULL
 from .figures import Estimate, area, jaccard, paired, spearman
+from .settings import STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]

@@ -82,6 +82,8 @@ PLANTED: dict[str, dict[str, Any]] = {
         "noise_cardinalities": [2, 100_000],
     },
 }
+# Planted features whose effect adds less to the AUC are too weak to be missed.
+STRONG = 1e-3
 # In the grid, which trains on all of them three times.
 PLANTED_ROWS = {"rows": 200_000, "test_rows": 100_000}
 
