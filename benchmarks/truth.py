@@ -66,7 +66,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         },
         **{
             f"open for {share} of the steps": [f"--scorer.open_fraction={share}"]
-            for share in (0, 0.2, 0.6)
+            for share in (0, 0.3, 0.7)
         },
         **{
             f"ramp over {share} of the steps": [f"--scorer.ramp_fraction={share}"]
@@ -80,7 +80,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
         "exact gradient": ["--gates.centered=false"],
         **{
             f"start at log_alpha {value}": [f"--gates.initial_log_alpha={value}"]
-            for value in (0, 2.5)
+            for value in (-1, 1.5)
         },
         "gates that must close to exactly 0": ["--policy.threshold=0"],
         "dense rate 1e-3": ["--train.learning_rate=1e-3"],

@@ -9,10 +9,10 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import Group, groups_of
+from .report import OURS, Group, groups_of
 
 # Drawn over the others.
-_HIGHLIGHTED = {"hard_concrete": "tab:red", "random": "black"}
+_HIGHLIGHTED = {OURS: "tab:red", "random": "black"}
 
 
 def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:

@@ -16,6 +16,8 @@ from .settings import STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]
+# The scorer that the others are compared with.
+OURS = "hard_concrete"
 _INTRODUCTION = f"""\
 # Feature selectors compared
 
@@ -143,9 +145,6 @@ def _sections(group: Group) -> Iterator[str]:
     for fraction in group.fractions:
         yield f"### {fraction:.0%} kept\n"
         yield _against_full(group, fraction)
-        if len(group.scorers) > 1:
-            yield "AUC difference, scorer of the row minus scorer of the column:\n"
-            yield _against_each_other(group, fraction)
 
 
 def _full_line(group: Group) -> str:
@@ -208,8 +207,9 @@ def _jaccard(group: Group, scorer: str, fraction: float) -> float:
 def _against_full(group: Group, fraction: float) -> str:
     """A scorer a line, the best AUC first."""
     header = [
-        *("scorer", "seeds", "features", "AUC", "AUC difference", "logloss difference"),
-        *("NE difference", "AUC before going on", "table bytes", "selection time"),
+        *("scorer", "seeds", "features", "AUC", "AUC difference", f"AUC less {OURS}'s"),
+        *("logloss difference", "NE difference", "AUC before going on", "table bytes"),
+        "selection time",
         *("total time", "rows trained on", "rows forward", "parity"),
     ]
     present = [name for name in group.scorers if group.rows(name, fraction)]
@@ -220,7 +220,8 @@ def _against_full(group: Group, fraction: float) -> str:
 
 def _against_full_line(group: Group, scorer: str, fraction: float) -> list[str]:
     rows = group.rows(scorer, fraction).values()
-    differences = (group.to_full(scorer, fraction, name) for name in ("auc", "logloss", "ne"))
+    auc, *others = (group.to_full(scorer, fraction, name) for name in ("auc", "logloss", "ne"))
+    ours = paired(group.values(scorer, fraction, "auc"), group.values(OURS, fraction, "auc"))
     full_rows = itemgetter("continue_samples")
     costs: list[tuple[_Cost, _Cost]] = [
         (itemgetter("selection_seconds"), total_seconds),
@@ -233,27 +234,14 @@ def _against_full_line(group: Group, scorer: str, fraction: float) -> list[str]:
         str(len(rows)),
         f"{_mean(row['features_kept'] for row in rows):.0f}",
         f"{_mean(row['auc'] for row in rows):.4f}",
-        *map(_difference, differences),
+        _difference(auc),
+        "" if scorer == OURS else _difference(ours),
+        *map(_difference, others),
         f"{_mean(row['pruned_auc'] for row in rows):.4f}",
         f"{_mean(row['table_bytes_after'] / row['table_bytes_before'] for row in rows):.2f}",
         *(group.ratio(scorer, fraction, cost, of) for cost, of in costs),
         f"{max(row['parity_max_abs'] for row in rows):.0e}",
     ]
-
-
-def _against_each_other(group: Group, fraction: float) -> str:
-    values = {name: group.values(name, fraction, "auc") for name in group.scorers}
-    lines = [
-        [
-            row,
-            *(
-                "" if row == column else _difference(paired(values[row], values[column]))
-                for column in group.scorers
-            ),
-        ]
-        for row in group.scorers
-    ]
-    return _table(["", *group.scorers], lines)
 
 
 def _difference(estimate: Estimate) -> str:

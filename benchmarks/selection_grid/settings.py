@@ -116,9 +116,13 @@ SCORERS: dict[str, dict[str, dict[str, Any]]] = {
     "random": {"scorer": {"class_path": "RandomScorer"}},
 }
 
-# Hard concrete gates again, with one thing changed: see docs/method.md. For one kept fraction, as
-# what they change is not part of a scoring.
+# Hard concrete gates again, with one thing changed: see docs/method.md. Those that change how
+# training goes on, or the target, are for one kept fraction, as a scoring is shared by all.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "started_open": {
+        "gates": {"initial_log_alpha": 1.5},
+        "scorer": {"class_path": "HardConcreteScorer", "init_args": {"open_fraction": 0.4}},
+    },
     "prefix": {"pretrain": {"subset": {"class_path": "Prefix"}}},
     "stratified": {"pretrain": {"subset": {"class_path": "Stratified"}}},
     "recent_resampling": {"pretrain": {"subset": {"class_path": "RecentResampling"}}},

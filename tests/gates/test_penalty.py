@@ -164,7 +164,7 @@ def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_ope
     ):
         gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
         optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
-        for step in range(600):
+        for step in range(1500):
             optimizer.zero_grad()
             task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
             (task_loss + penalty([gates], min(1.0, step / 100))).backward()

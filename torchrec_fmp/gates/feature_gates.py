@@ -20,7 +20,7 @@ class GateConfig:
     """How gates start and how their noise is drawn.
 
     Args:
-        initial_log_alpha: where every gate starts; the default is nearly open.
+        initial_log_alpha: where every gate starts; the default is as often open as closed.
         log_alpha_bounds: `log_alpha` stays between the two. A gate beyond the upper one hardly
             feels the penalty any more, and one below the lower could not come back.
         sampling: `example` draws one gate value for each example and feature, `batch` one for each
@@ -37,7 +37,7 @@ class GateConfig:
         ValueError: if a closed or an open gate lies outside the bounds, or the start does.
     """
 
-    initial_log_alpha: float = 1.5
+    initial_log_alpha: float = 0.0
     log_alpha_bounds: tuple[float, float] = (-4.0, 2.5)
     sampling: Literal["batch", "example"] = "example"
     centered: bool = True

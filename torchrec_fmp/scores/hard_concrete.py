@@ -36,7 +36,7 @@ class HardConcreteScorer(Scorer):
         self,
         penalty: Penalty | None = None,
         learning_rate: float = 0.1,
-        open_fraction: float = 0.4,
+        open_fraction: float = 0.5,
         ramp_fraction: float = 0.1,
         stop: StableDecision | None = None,
     ) -> None:
