@@ -62,7 +62,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
                 "--scorer.penalty=L0Penalty",
                 f"--scorer.penalty.weight={weight}",
             ]
-            for weight in ("1e-4", "2e-4", "1e-3", "2e-3")
+            for weight in ("1e-4", "5e-4", "1e-3", "2e-3")
         },
         **{
             f"open for {share} of the steps": [f"--scorer.open_fraction={share}"]
@@ -83,7 +83,7 @@ STUDIES: dict[str, dict[str, list[str]]] = {
             for value in (-1, 1.5)
         },
         "gates that must close to exactly 0": ["--policy.threshold=0"],
-        "dense rate 1e-3": ["--train.learning_rate=1e-3"],
+        "dense rate 5e-3": ["--train.learning_rate=5e-3"],
         "table rate 2e-2": ["--train.embedding_learning_rate=2e-2"],
     },
     "stopping": {

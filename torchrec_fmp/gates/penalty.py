@@ -54,7 +54,7 @@ class L0Penalty(Penalty):
         ValueError: if the weight is negative or not finite.
     """
 
-    def __init__(self, weight: float = 5e-4) -> None:
+    def __init__(self, weight: float = 3e-4) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"the penalty's weight is {weight}, it must be finite and at least 0")
         self.weight = weight
