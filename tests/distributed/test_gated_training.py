@@ -55,7 +55,8 @@ def test_log_alpha_is_equal_on_all_ranks_although_their_noise_differs(
     assert len(log_alphas) == 2
     for fqn, log_alpha in log_alphas.items():
         assert torch.equal(log_alpha, other_log_alphas[fqn])
-        assert (log_alpha != config.initial_log_alpha).all()
+        # Not all: a gate whose few draws per batch were exactly 0 or 1 has had no gradient.
+        assert (log_alpha != config.initial_log_alpha).any()
         assert not torch.equal(noise[fqn], other_noise[fqn])
 
 

@@ -228,8 +228,9 @@ def test_no_rank_ends_before_the_others(ranks_2: ProcessGroup, tmp_path: Path) -
 def test_that_no_gate_has_closed_yet_is_no_stable_decision(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
-    # At this rate all gates are open in the first checks, and some on their way to close.
+    # From here, at this rate, all are open in the first checks, and some on their way to close.
     config = stopping(checks=20, patience=4)
+    config["gates"] = {**config.get("gates", {}), "initial_log_alpha": 1.5}
     config["scorer"]["init_args"]["learning_rate"] = 0.04
     ((selection, samples),) = ranks_1.run(run, write_config(tmp_path, config))
     assert selection.dropped == NOISE
