@@ -44,6 +44,9 @@ _STEPS = [(64, 0.1), (128, 0.03), (128, 0.3), (256, 0.1), (256, 0.3), (512, 0.1)
 DEFAULTS = "the defaults"
 STUDIES: dict[str, dict[str, list[str]]] = {
     "acceptance": {DEFAULTS: []},
+    "rows": {
+        "300,000 rows, 15% of two million": ["--data.rows=340000", "--pretrain.samples=300000"],
+    },
     "whole": {
         DEFAULTS: [],
         "half of the features": ["--policy=TopFraction", "--policy.fraction=0.5"],

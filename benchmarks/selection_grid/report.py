@@ -12,7 +12,7 @@ from typing import Any
 
 from .cell import FULL
 from .figures import Estimate, area, jaccard, paired, spearman
-from .settings import STRONG
+from .settings import SCORERS, STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]
@@ -100,8 +100,9 @@ def report(rows: Sequence[_Row]) -> str:
         ValueError: if a scorer was run with different settings on the same data and backbone.
     """
     _check_settings(rows)
-    sections = [_INTRODUCTION, _origin(rows)]
-    for (data, backbone), group in groups_of(rows).items():
+    groups = groups_of(rows)
+    sections = [_INTRODUCTION, _origin(rows), f"## {OURS} in short\n", _summary(groups)]
+    for (data, backbone), group in groups.items():
         sections += [f"## {data}, {backbone}\n", *_sections(group)]
     return "\n".join(sections)
 
@@ -133,6 +134,34 @@ def _origin(rows: Sequence[_Row]) -> str:
         for row in rows
     }
     return f"{len(rows)} rows, of commit {commits}; {'; '.join(sorted(machines))}.\n"
+
+
+def _summary(groups: Mapping[tuple[str, str], Group]) -> str:
+    """Our scorer against the full model, the best other one by mean AUC, and random features."""
+    header = [
+        *("data", "backbone", "kept", "AUC less full's", "best other scorer", "AUC less its"),
+        *("AUC less random's", "selection time", "total time"),
+    ]
+    lines = []
+    for (data, backbone), group in groups.items():
+        others = [name for name in group.scorers if name in SCORERS and name != OURS]
+        for k in group.fractions:
+            ours = group.values(OURS, k, "auc")
+            by_mean = {name: group.to_full(name, k, "auc") for name in others}
+            known = [name for name in others if by_mean[name].count]
+            if not ours or not known:
+                continue
+            best = max(known, key=lambda name: by_mean[name].mean)
+            less = [paired(ours, group.values(name, k, "auc")) for name in (best, "random")]
+            lines.append(
+                [
+                    *(data, backbone, f"{k:.0%}", _difference(group.to_full(OURS, k, "auc"))),
+                    *(f"{best}, {by_mean[best].mean:+.4f}", *map(_difference, less)),
+                    group.ratio(OURS, k, itemgetter("selection_seconds"), total_seconds),
+                    group.ratio(OURS, k, total_seconds, total_seconds),
+                ]
+            )
+    return _table(header, lines)
 
 
 def _sections(group: Group) -> Iterator[str]:

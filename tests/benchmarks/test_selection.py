@@ -213,15 +213,18 @@ def row_of(scorer: str, seed: int, fraction: float, auc: float, **figures: Any) 
 def test_the_report_pairs_by_seed_and_relates_costs_to_the_full_model() -> None:
     full = {"selection_seconds": 0.0, "prune_seconds": 0.0, "continue_seconds": 10.0}
     rows = [row_of(FULL, seed, 1.0, 0.8 + seed / 10, **full) for seed in range(2)]
-    rows += [row_of("good", seed, 0.5, 0.81 + seed / 10 + seed / 50) for seed in range(2)]
+    rows += [row_of("lpfs", seed, 0.5, 0.81 + seed / 10 + seed / 50) for seed in range(2)]
     rows += [row_of("hard_concrete", seed, 0.5, 0.7 + seed / 10) for seed in range(2)]
     text = report(rows)
     # Differences 0.01 and 0.03: mean 0.02, sd 0.01414, and 12.706 / sqrt(2) of it.
     # Less the 0.7 and 0.8 of the gates: 0.11 and 0.13.
     differences = "+0.0200 ± 0.1271 (0.0141) | +0.1200 ± 0.1271 (0.0141)"
-    assert f"| good | 2 | 2 | 0.8700 | {differences} |" in text
+    assert f"| lpfs | 2 | 2 | 0.8700 | {differences} |" in text
     # Half of the kept range, as a triangle; kept sets share one of three features.
-    assert "| good | +0.0050 ± 0.0318 (0.0035) | 1.00 | 0.33 |" in text
+    assert "| lpfs | +0.0050 ± 0.0318 (0.0035) | 1.00 | 0.33 |" in text
+    # The best of the others is the only one, and nothing is known of random features.
+    short = "**-0.1000 ± 0.0000 (0.0000)** | lpfs, +0.0200 | -0.1200 ± 0.1271 (0.0141) | - |"
+    assert f"| clicks | dlrm | 50% | {short} 0.10 | 0.50 |" in text
     assert "| hard_concrete | 2 | 2 | 0.7500 | **-0.1000 ± 0.0000 (0.0000)** |  |" in text
     assert "| 0.6000 | 0.25 | 0.10 | 0.50 | 0.25 | 0.75 | 0e+00 |" in text
 
