@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from .report import OURS, Group, groups_of
+from .settings import SCORERS
 
 # Drawn over the others.
 _HIGHLIGHTED = {OURS: "tab:red", "random": "black"}
@@ -18,18 +19,23 @@ _HIGHLIGHTED = {OURS: "tab:red", "random": "black"}
 def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """A panel for each data set and backbone: mean AUC difference to full, by kept fraction."""
     groups = groups_of(rows)
-    figure = Figure(figsize=(4.5 * len(groups), 4), layout="constrained")
-    axes = figure.subplots(1, len(groups), squeeze=False)
-    for panel, ((data, backbone), group) in zip(axes[0], groups.items(), strict=True):
+    columns = sorted({data for data, _ in groups})
+    lines = list(dict.fromkeys(backbone for _, backbone in groups))
+    size = (4.5 * len(columns), 4 * len(lines))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(lines), len(columns), squeeze=False)
+    for (data, backbone), group in groups.items():
+        panel = axes[lines.index(backbone)][columns.index(data)]
         panel.set_title(f"{data}, {backbone}")
         panel.set_xlabel("share of the features kept")
+        panel.set_ylabel("AUC, final less full")
         panel.axhline(0, color="grey", linewidth=0.5)
-        for scorer in group.scorers:
-            _line(panel, group, scorer)
+        for scorer in SCORERS:
+            if scorer in group.scorers:
+                _line(panel, group, scorer)
         panel.set_xticks([1.0, *group.fractions])
         panel.invert_xaxis()
-    axes[0][0].set_ylabel("AUC, final less full")
-    axes[0][-1].legend(fontsize=6, loc="lower left", ncols=2)
+        panel.legend(fontsize=6, loc="lower left", ncols=2)
     save(figure, out)
 
 
