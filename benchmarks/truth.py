@@ -302,7 +302,7 @@ def plot(runs: list[Run], out: Path) -> None:
         colors = ["tab:green" if run.is_right else "tab:red" for run in members]
         panel.scatter([run.margin for run in members], places, c=colors, s=14)
         panel.set_yticks(range(len(variants)), variants)
-        panel.set_xlabel("log_alpha of the weakest signal less the strongest noise's")
+        panel.set_xlabel("margin in log_alpha")
     save(figure, out)
 
 
