@@ -49,14 +49,14 @@ def trained_gates(case: Case) -> tuple[Tensors, Tensors, Tensors]:
 def test_log_alpha_is_equal_on_all_ranks_although_their_noise_differs(
     ranks_2: ProcessGroup, sampling: Literal["batch", "example"]
 ) -> None:
-    config = GateConfig(sampling=sampling)
+    # Nearly open, where a few draws per batch are not all exactly 0 or 1, without a gradient.
+    config = GateConfig(initial_log_alpha=1.5, sampling=sampling)
     case = Case("mixed", gates=config)
     (log_alphas, noise, _), (other_log_alphas, other_noise, _) = ranks_2.run(trained_gates, case)
     assert len(log_alphas) == 2
     for fqn, log_alpha in log_alphas.items():
         assert torch.equal(log_alpha, other_log_alphas[fqn])
-        # Not all: a gate whose few draws per batch were exactly 0 or 1 has had no gradient.
-        assert (log_alpha != config.initial_log_alpha).any()
+        assert (log_alpha != config.initial_log_alpha).all()
         assert not torch.equal(noise[fqn], other_noise[fqn])
 
 

@@ -229,9 +229,11 @@ def test_that_no_gate_has_closed_yet_is_no_stable_decision(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
     # From here, at this rate, all are open in the first checks, and some on their way to close.
-    config = stopping(checks=20, patience=4)
-    config["gates"] = {**config.get("gates", {}), "initial_log_alpha": 1.5}
-    config["scorer"]["init_args"]["learning_rate"] = 0.04
+    config = tiny(
+        gates__initial_log_alpha=1.5,
+        scorer__init_args__learning_rate=0.04,
+        scorer__init_args__stop={"checks": 20, "patience": 4},
+    )
     ((selection, samples),) = ranks_1.run(run, write_config(tmp_path, config))
     assert selection.dropped == NOISE
     assert samples["pretrain"] > 0.8 * 5000

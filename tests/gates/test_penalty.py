@@ -162,9 +162,10 @@ def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_ope
         ("count", TargetPenalty(0.5, learning_rate=0.02)),
         ("cost", TargetPenalty(0.4, learning_rate=0.02, costs=costs)),
     ):
-        gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
+        config = GateConfig(initial_log_alpha=1.5, sampling="example")
+        gates = FeatureGates(names, config, name="toy")
         optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
-        for step in range(1500):
+        for step in range(600):
             optimizer.zero_grad()
             task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
             (task_loss + penalty([gates], min(1.0, step / 100))).backward()
