@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from .report import OURS, Group, groups_of
-from .settings import SCORERS
+from .report import Group, groups_of
+from .settings import OURS, SCORERS
 
 # Drawn over the others.
 _HIGHLIGHTED = {OURS: "tab:red", "random": "black"}
@@ -19,7 +19,7 @@ _HIGHLIGHTED = {OURS: "tab:red", "random": "black"}
 def plot(rows: Sequence[Mapping[str, Any]], out: Path) -> None:
     """A panel for each data set and backbone: mean AUC difference to full, by kept fraction."""
     groups = groups_of(rows)
-    columns = sorted({data for data, _ in groups})
+    columns = list(dict.fromkeys(data for data, _ in groups))
     lines = list(dict.fromkeys(backbone for _, backbone in groups))
     size = (4.5 * len(columns), 4 * len(lines))
     figure = Figure(figsize=size, layout="constrained")

@@ -12,12 +12,10 @@ from typing import Any
 
 from .cell import FULL
 from .figures import Estimate, area, jaccard, paired, spearman
-from .settings import SCORERS, STRONG
+from .settings import OURS, SCORERS, STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]
-# The scorer that the others are compared with.
-OURS = "hard_concrete"
 _INTRODUCTION = f"""\
 # Feature selectors compared
 
@@ -26,6 +24,7 @@ model is pruned and trained on. Test split; every difference is paired by seed a
 ± half of its 95% confidence interval (Student's t), with the standard deviation in parentheses;
 bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
 of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
+The best other scorer is the one of the largest mean, some of which is chance.
 Bytes and wall times are relative to full: selection is from choosing rows to scores, total adds the
 prune and the training after it. Rows, relative to full as well, are those trained on until the
 features were scored, and those that went forward through the model for it, in training or not.
@@ -75,6 +74,11 @@ class Group:
         rows = self.rows(scorer, fraction)
         pairs = [(row, self.full[seed]) for seed, row in rows.items() if seed in self.full]
         return _number(_mean(cost(row) / of(full) for row, full in pairs), ".2f")
+
+    def times(self, scorer: str, fraction: float) -> list[str]:
+        """Of the selection and of all phases, relative to the full model's."""
+        costs: list[_Cost] = [itemgetter("selection_seconds"), total_seconds]
+        return [self.ratio(scorer, fraction, cost, total_seconds) for cost in costs]
 
     def area(self, scorer: str) -> Estimate:
         """Over the seeds that have every fraction."""
@@ -142,26 +146,32 @@ def _summary(groups: Mapping[tuple[str, str], Group]) -> str:
         *("data", "backbone", "kept", "AUC less full's", "best other scorer", "AUC less its"),
         *("AUC less random's", "selection time", "total time"),
     ]
-    lines = []
-    for (data, backbone), group in groups.items():
-        others = [name for name in group.scorers if name in SCORERS and name != OURS]
-        for k in group.fractions:
-            ours = group.values(OURS, k, "auc")
-            by_mean = {name: group.to_full(name, k, "auc") for name in others}
-            known = [name for name in others if by_mean[name].count]
-            if not ours or not known:
-                continue
-            best = max(known, key=lambda name: by_mean[name].mean)
-            less = [paired(ours, group.values(name, k, "auc")) for name in (best, "random")]
-            lines.append(
-                [
-                    *(data, backbone, f"{k:.0%}", _difference(group.to_full(OURS, k, "auc"))),
-                    *(f"{best}, {by_mean[best].mean:+.4f}", *map(_difference, less)),
-                    group.ratio(OURS, k, itemgetter("selection_seconds"), total_seconds),
-                    group.ratio(OURS, k, total_seconds, total_seconds),
-                ]
-            )
+    lines = (
+        [data, backbone, *line]
+        for (data, backbone), group in groups.items()
+        for line in _in_short(group)
+    )
     return _table(header, lines)
+
+
+def _in_short(group: Group) -> Iterator[list[str]]:
+    """A line for each fraction that our scorer and another one have."""
+    others = [name for name in group.scorers if name in SCORERS and name != OURS]
+    for fraction in group.fractions:
+        ours = group.values(OURS, fraction, "auc")
+        to_full = {name: group.to_full(name, fraction, "auc").mean for name in others}
+        known = [name for name in others if not math.isnan(to_full[name])]
+        if not ours or not known:
+            continue
+        best = max(known, key=lambda name: to_full[name])
+        less = [paired(ours, group.values(name, fraction, "auc")) for name in (best, "random")]
+        yield [
+            f"{fraction:.0%}",
+            _difference(group.to_full(OURS, fraction, "auc")),
+            f"{best}, {to_full[best]:+.4f}",
+            *map(_difference, less),
+            *group.times(OURS, fraction),
+        ]
 
 
 def _sections(group: Group) -> Iterator[str]:
@@ -238,8 +248,7 @@ def _against_full(group: Group, fraction: float) -> str:
     header = [
         *("scorer", "seeds", "features", "AUC", "AUC difference", f"AUC less {OURS}'s"),
         *("logloss difference", "NE difference", "AUC before going on", "table bytes"),
-        "selection time",
-        *("total time", "rows trained on", "rows forward", "parity"),
+        *("selection time", "total time", "rows trained on", "rows forward", "parity"),
     ]
     present = [name for name in group.scorers if group.rows(name, fraction)]
     differences = {name: group.to_full(name, fraction, "auc") for name in present}
@@ -251,13 +260,10 @@ def _against_full_line(group: Group, scorer: str, fraction: float) -> list[str]:
     rows = group.rows(scorer, fraction).values()
     auc, *others = (group.to_full(scorer, fraction, name) for name in ("auc", "logloss", "ne"))
     ours = paired(group.values(scorer, fraction, "auc"), group.values(OURS, fraction, "auc"))
-    full_rows = itemgetter("continue_samples")
-    costs: list[tuple[_Cost, _Cost]] = [
-        (itemgetter("selection_seconds"), total_seconds),
-        (total_seconds, total_seconds),
-        (itemgetter("selection_samples"), full_rows),
-        (itemgetter("selection_forwards"), full_rows),
-    ]
+    trained, forward = (
+        group.ratio(scorer, fraction, itemgetter(name), itemgetter("continue_samples"))
+        for name in ("selection_samples", "selection_forwards")
+    )
     return [
         scorer,
         str(len(rows)),
@@ -268,7 +274,7 @@ def _against_full_line(group: Group, scorer: str, fraction: float) -> list[str]:
         *map(_difference, others),
         f"{_mean(row['pruned_auc'] for row in rows):.4f}",
         f"{_mean(row['table_bytes_after'] / row['table_bytes_before'] for row in rows):.2f}",
-        *(group.ratio(scorer, fraction, cost, of) for cost, of in costs),
+        *(*group.times(scorer, fraction), trained, forward),
         f"{max(row['parity_max_abs'] for row in rows):.0e}",
     ]
 

@@ -97,8 +97,10 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "mlp": {"class_path": "MlpBackbone"},
 }
 
+# The scorer that the others are compared with.
+OURS = "hard_concrete"
 SCORERS: dict[str, dict[str, dict[str, Any]]] = {
-    "hard_concrete": {"scorer": {"class_path": "HardConcreteScorer"}},
+    OURS: {"scorer": {"class_path": "HardConcreteScorer"}},
     "sfs": {"scorer": {"class_path": "SfsScorer"}},
     "taylor": {"scorer": {"class_path": "TaylorScorer"}},
     "permutation": {"scorer": {"class_path": "PermutationScorer"}},
@@ -142,7 +144,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def sections(name: str) -> dict[str, dict[str, Any]]:
     """What a scorer or a variant changes in a run's YAML."""
     if name in VARIANTS:
-        return SCORERS["hard_concrete"] | VARIANTS[name]
+        return SCORERS[OURS] | VARIANTS[name]
     return SCORERS[name]
 
 
