@@ -103,6 +103,13 @@ STUDIES: dict[str, dict[str, list[str]]] = {
             f"--scorer.stop={json.dumps({'checks': 20, 'patience': patience})}"
         ]
         for patience in (3, 5, 8)
+    }
+    | {
+        "patience of 8, at most 600,000 rows": [
+            f"--data.rows={600_000 + ROWS_BEHIND}",
+            "--pretrain.samples=600000",
+            "--scorer.stop={}",
+        ],
     },
     "size": {
         "target of half": [
@@ -294,11 +301,15 @@ def costs(runs: list[Run]) -> list[str]:
 
 
 def plot(runs: list[Run], out: Path) -> None:
-    """A panel for each data set: every run's margin, by setting; right of 0 all are told apart."""
+    """A panel for each data set on which the defaults ran too: every run's margin, by setting.
+
+    Right of 0 all are told apart.
+    """
     from matplotlib.figure import Figure
     from selection_grid.plot import save
 
-    data = list(dict.fromkeys(run.data for run in runs))
+    data = list(dict.fromkeys(run.data for run in runs if run.variant == DEFAULTS))
+    runs = [run for run in runs if run.data in data]
     variants = list(dict.fromkeys(run.variant for run in runs))[::-1]
     figure = Figure(figsize=(4 * len(data) + 2, 6), layout="constrained")
     axes = figure.subplots(1, len(data), sharey=True, squeeze=False)
