@@ -125,6 +125,8 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gates": {"initial_log_alpha": 1.5},
         "scorer": {"class_path": "HardConcreteScorer", "init_args": {"open_fraction": 0.4}},
     },
+    "twice_the_rows": {"pretrain": {"fraction": 0.24}},
+    "four_times_the_rows": {"pretrain": {"fraction": 0.48}},
     "prefix": {"pretrain": {"subset": {"class_path": "Prefix"}}},
     "stratified": {"pretrain": {"subset": {"class_path": "Stratified"}}},
     "recent_resampling": {"pretrain": {"subset": {"class_path": "RecentResampling"}}},
