@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 from torchrec_fmp.planning.estimates import estimate_as
-from torchrec_fmp.planning.what_if_config import load_what_if
+from torchrec_fmp.run.what_if_config import load_what_if
 
 CONFIG = Path(__file__).parents[1] / "configs" / "what_if_128.yaml"
 

@@ -25,11 +25,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_fmp import GateConfig, attach_gates, feature_gates, gate_optimizer, prune, sharders
 from torchrec_fmp.data.schema import Schema, SparseColumn
+from torchrec_fmp.distributed.ranks import Ranks, process_group
 from torchrec_fmp.gates.penalty import L0Penalty
 from torchrec_fmp.models.dlrm import DlrmBackbone
 from torchrec_fmp.planning.planner import PlannerConfig, make_planner
-from torchrec_fmp.policies.selection import FeatureDecision, Selection
-from torchrec_fmp.ranks import Ranks, process_group
+from torchrec_fmp.selection.selection import FeatureDecision, Selection
 
 ROWS = 100_000
 BACKBONE = DlrmBackbone(embedding_dim=64, dense_arch=(512, 256), over_arch=(512, 512, 256))

@@ -23,7 +23,7 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
-from torchrec_fmp.reshard.boxes import shards_of
+from torchrec_fmp.embeddings.boxes import shards_of
 from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes
 
 DIM = 128

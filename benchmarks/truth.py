@@ -189,7 +189,7 @@ def main() -> int:
     ]
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchrec_fmp.cli", "torchrec_fmp.pipeline"])
+    context.set_forkserver_preload(["torchrec_fmp.cli.run", "torchrec_fmp.run.pipeline"])
     with context.Pool(arguments.jobs, maxtasksperchild=1) as pool:
         for run in pool.imap_unordered(measure, todo):
             with arguments.out.open("a") as file:
@@ -207,7 +207,7 @@ def read(path: Path) -> list[Run]:
 def measure(what: tuple[str, str, str, int, int]) -> Run:
     """Runs the command line once."""
     study, data, variant, seed, jobs = what
-    from torchrec_fmp import cli
+    from torchrec_fmp.cli import __main__ as cli
     from torchrec_fmp.data.synthetic import SyntheticDataset
 
     planted = {**PLANTED[data], "test_rows": TEST_ROWS, "seed": seed}

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from torchrec_fmp import doctor
+from torchrec_fmp.cli import doctor
+from torchrec_fmp.distributed import versions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,10 +32,22 @@ def _requirements(lines: list[str]) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in map(Requirement, lines)}
 
 
-def _makefile(variable: str) -> str:
-    match = re.search(rf"^{variable} \?= (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+def _makefile_line(variable: str) -> str:
+    match = re.search(rf"^{variable} \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert match is not None, variable
     return match[1]
+
+
+def _makefile(variable: str) -> str:
+    (word,) = _makefile_line(variable).split()
+    return word
+
+
+def _pairs(variable: str) -> list[tuple[str, str]]:
+    """(torch, torchrec) of each word of a variable."""
+    found = [tuple(word.split("+")) for word in _makefile_line(variable).split()]
+    assert all(len(pair) == 2 for pair in found)
+    return found  # type: ignore[return-value]
 
 
 def _make(*args: str) -> subprocess.CompletedProcess[str]:
@@ -67,31 +80,41 @@ def test_a_cpu_install_cannot_pull_the_cuda_build_of_fbgemm() -> None:
     assert not {"torchrec", "fbgemm-gpu"} & set(_requirements(EXTRAS["cpu"]))
 
 
-@pytest.mark.parametrize(("torchrec", "torch"), doctor.SUPPORTED.items())
+@pytest.mark.parametrize(("torchrec", "torch"), versions.SUPPORTED.items())
 def test_the_cpu_extra_admits_exactly_the_supported_versions(torchrec: str, torch: str) -> None:
     cpu = _requirements(EXTRAS["cpu"])
     assert cpu["torch"].specifier.contains(f"{torch}.1")
     assert cpu["fbgemm-gpu-cpu"].specifier.contains(f"{torchrec}.0")
-    for outside in ("2.10.1", "2.14.0"):
+    for outside in ("2.10.1", "2.15.0"):
         assert not cpu["torch"].specifier.contains(outside)
-    for outside in ("1.5.0", "1.9.0"):
+    for outside in ("1.5.0", "1.10.0"):
         assert not cpu["fbgemm-gpu-cpu"].specifier.contains(outside)
 
 
-def test_the_cuda_extra_and_the_makefile_name_the_newest_supported_set() -> None:
-    torchrec, torch = max(doctor.SUPPORTED.items())
+def test_the_cuda_extra_names_the_newest_supported_set() -> None:
+    torchrec, torch = list(versions.SUPPORTED.items())[-1]
     assert [str(line) for line in EXTRAS["cuda"]] == [
         f"torch=={torch}.*",
         f"torchrec=={torchrec}.*",
         f"fbgemm-gpu=={torchrec}.*",
     ]
-    assert _makefile("TORCH").startswith(f"{torch}.")
-    assert _makefile("TORCHREC").startswith(f"{torchrec}.")
+
+
+def test_the_makefile_installs_a_supported_pair_and_tests_the_oldest_and_the_newest() -> None:
+    def minor(version: str) -> str:
+        return ".".join(version.split(".")[:2])
+
+    pairs = [(minor(torchrec), minor(torch)) for torch, torchrec in _pairs("VERSIONS")]
+    every = list(versions.SUPPORTED.items())
+    assert pairs == [every[0], every[-1]]
+    assert (minor(_makefile("TORCHREC")), minor(_makefile("TORCH"))) in every
 
 
 def test_the_doctor_knows_the_pins() -> None:
-    assert EXTRAS["launch"] == [f"torchx=={doctor.TORCHX}"]
-    assert str(_requirements(EXTRAS["cpu"])["torchmetrics"].specifier) == f"=={doctor.TORCHMETRICS}"
+    assert EXTRAS["launch"] == [f"torchx=={versions.TORCHX}"]
+    assert (
+        str(_requirements(EXTRAS["cpu"])["torchmetrics"].specifier) == f"=={versions.TORCHMETRICS}"
+    )
 
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 10), (3, 11), (3, 12), (3, 13)])

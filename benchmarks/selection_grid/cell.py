@@ -18,18 +18,18 @@ from typing import Any
 import torch
 import yaml
 
-from torchrec_fmp.config import RunConfig, load_config
 from torchrec_fmp.data.reader import Reader
-from torchrec_fmp.job import build_job
-from torchrec_fmp.metrics import evaluate
-from torchrec_fmp.metrics_log import MetricsLog
+from torchrec_fmp.distributed.ranks import Ranks, process_group
+from torchrec_fmp.loggers.jsonl import MetricsLog
 from torchrec_fmp.models.backbone import table_name
-from torchrec_fmp.outcome import Outcome
-from torchrec_fmp.pipeline import Pipeline
 from torchrec_fmp.planning.planner import make_planner
-from torchrec_fmp.policies.top_fraction import TopFraction
-from torchrec_fmp.ranks import Ranks, process_group
-from torchrec_fmp.train import train
+from torchrec_fmp.run.config import RunConfig, load_config
+from torchrec_fmp.run.outcome import Outcome
+from torchrec_fmp.run.pipeline import Pipeline
+from torchrec_fmp.selection.policies.top_fraction import TopFraction
+from torchrec_fmp.training.job import build_job
+from torchrec_fmp.training.metrics import evaluate
+from torchrec_fmp.training.train import train
 
 from .data import planted
 from .scored_once import ScoredOnce, shards_of
@@ -219,7 +219,7 @@ def full(config: RunConfig, ranks: Ranks) -> list[dict[str, Any]]:
         )
         for split in ("train", "test")
     )
-    job = build_job(config, schema, ranks, planner, gated=False)
+    job = build_job(config.model, schema, settings, config.seed, ranks=ranks, planner=planner)
     start = time.perf_counter()
     progress = train(
         job.model,

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_fmp.job import Job
-from torchrec_fmp.pretraining import Pretraining
-from torchrec_fmp.ranks import Ranks
-from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.distributed.ranks import Ranks
+from torchrec_fmp.embeddings.local_shards import LocalShard
 from torchrec_fmp.reshard.tables import tables
-from torchrec_fmp.scores.feature_scores import FeatureScores
-from torchrec_fmp.scores.scorer import Scorer
-from torchrec_fmp.train import Progress
+from torchrec_fmp.scorers.pretraining import Pretraining
+from torchrec_fmp.scorers.scorer import Scorer
+from torchrec_fmp.selection.feature_scores import FeatureScores
+from torchrec_fmp.training.job import Job
+from torchrec_fmp.training.train import Progress
 
 
 class ScoredOnce(Scorer):

@@ -18,7 +18,7 @@ from benchmarks.selection_grid.cell import FULL, Cell
 from benchmarks.selection_grid.data import planted, prepare_planted, prepare_real
 from benchmarks.selection_grid.figures import Estimate, area, jaccard, paired, spearman
 from benchmarks.selection_grid.report import report
-from tests.tiny_run import TINY
+from tests.support.tiny_run import TINY
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CONFIG = {

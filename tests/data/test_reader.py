@@ -14,7 +14,7 @@ from torchrec.datasets.utils import Batch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tests.data.table_source import TableSource
+from tests.support.table_source import TableSource
 from torchrec_fmp.data.dataset import RowGroup
 from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.reader import Reader

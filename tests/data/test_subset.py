@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.table_source import TableSource
+from tests.support.table_source import TableSource
 from torchrec_fmp.data.dataset import Source
 from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.reader import Reader

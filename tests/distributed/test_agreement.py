@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.process_group import ProcessGroup
-from torchrec_fmp.agreement import (
+from tests.support.process_group import ProcessGroup
+from torchrec_fmp.distributed.agreement import (
     PeerError,
     all_or_none,
     broadcast_text,

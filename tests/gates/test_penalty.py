@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
-from torchrec_fmp.gates.penalty import L0Penalty, TargetPenalty
+from torchrec_fmp.gates.penalty import L0Penalty, TargetPenalty, TargetTerm
 
 CONFIG = GateConfig()
 LOW, HIGH = CONFIG.log_alpha_bounds
@@ -53,7 +54,7 @@ def test_target_is_met_exactly_when_its_share_is_at_the_upper_bound_and_the_rest
     closed: int, opened: int, learning_rate: float
 ) -> None:
     gates = gates_at([LOW] * closed + [HIGH] * opened)
-    penalty = TargetPenalty(keep=opened / (closed + opened), learning_rate=learning_rate)
+    penalty = TargetPenalty(keep=opened / (closed + opened), learning_rate=learning_rate).start()
     value = penalty(gates, strength=1.0)
     assert value.item() == pytest.approx(0, abs=1e-9)
     # The multipliers sum the excess: they show that it is 0, which a value of 0 alone does not.
@@ -70,7 +71,7 @@ def test_target_penalty_is_the_augmented_lagrangian_of_the_excess(
     log_alphas: list[float], keep: float, strength: float
 ) -> None:
     gates = gates_at(log_alphas)
-    penalty = TargetPenalty(keep, learning_rate=0.5)
+    penalty = TargetPenalty(keep, learning_rate=0.5).start()
     low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
     share = (gates[0].open_probability().mean().item() - low) / (high - low)
     excess = share - (1 + strength * (keep - 1))
@@ -92,7 +93,7 @@ def test_multipliers_rise_while_too_many_gates_are_open_and_the_linear_falls_whi
     low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
     excess = (gates[0].open_probability().mean().item() - low) / (high - low) - keep
     assume(abs(excess) > 1e-3)
-    penalty = TargetPenalty(keep)
+    penalty = TargetPenalty(keep).start()
     seen = [(0.0, 0.0)]
     for _ in range(3):
         penalty(gates, 1.0)
@@ -104,7 +105,7 @@ def test_multipliers_rise_while_too_many_gates_are_open_and_the_linear_falls_whi
 
 def test_target_penalty_without_strength_moves_nothing() -> None:
     gates = gates_at([1.0, -1.0])
-    penalty = TargetPenalty(keep=0.5)
+    penalty = TargetPenalty(keep=0.5).start()
     value = penalty(gates, strength=0.0)
     value.backward()
     assert value.item() == 0
@@ -119,12 +120,12 @@ def test_toy_optimisation_keeps_the_target_share_and_the_most_useful_features(ke
     gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
     # What the task loses when feature i closes.
     usefulness = torch.linspace(0.01, 0.12, count)
-    penalty = TargetPenalty(keep, learning_rate=0.05)
+    term = TargetPenalty(keep, learning_rate=0.05).start()
     optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
     for step in range(600):
         optimizer.zero_grad()
         task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
-        (task_loss + penalty([gates], min(1.0, step / 100))).backward()
+        (task_loss + term([gates], min(1.0, step / 100))).backward()
         optimizer.step()
         gates.clamp_()
     kept = (gates.values() > 0).nonzero().squeeze(1).tolist()
@@ -141,15 +142,16 @@ def test_equal_costs_are_no_costs_and_the_excess_is_by_share_of_the_cost(
 ) -> None:
     gates = gates_at(log_alphas)
     names = gates[0].features
-    plain = TargetPenalty(0.5)
-    equal = TargetPenalty(0.5, costs=dict.fromkeys(names, cost))
-    one = TargetPenalty(0.5, costs={names[0]: cost})
+    plain = TargetPenalty(0.5).start()
+    equal = TargetPenalty(0.5, costs=dict.fromkeys(names, cost)).start()
+    one_cost = TargetPenalty(0.5, costs={names[0]: cost})
+    one = one_cost.start()
     for penalty in (plain, equal, one):
         penalty(gates, 1.0)
     assert equal.multipliers == pytest.approx(plain.multipliers, abs=1e-7)
     low, high = CONFIG.distribution.open_probability(torch.tensor([LOW, HIGH])).tolist()
     share = (gates[0].open_probability()[0].item() - low) / (high - low)
-    assert one.multipliers[0] == pytest.approx(one.learning_rate * (share - 0.5), abs=1e-7)
+    assert one.multipliers[0] == pytest.approx(one_cost.learning_rate * (share - 0.5), abs=1e-7)
 
 
 def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_open() -> None:
@@ -162,13 +164,14 @@ def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_ope
         ("count", TargetPenalty(0.5, learning_rate=0.02)),
         ("cost", TargetPenalty(0.4, learning_rate=0.02, costs=costs)),
     ):
+        term = penalty.start()
         config = GateConfig(initial_log_alpha=1.5, sampling="example")
         gates = FeatureGates(names, config, name="toy")
         optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
         for step in range(600):
             optimizer.zero_grad()
             task_loss = -(usefulness * gates(step, 64).mean(0)).sum()
-            (task_loss + penalty([gates], min(1.0, step / 100))).backward()
+            (task_loss + term([gates], min(1.0, step / 100))).backward()
             optimizer.step()
             gates.clamp_()
         open_gates = (gates.values() > 0).tolist()
@@ -185,19 +188,38 @@ def test_a_unit_is_priced_by_the_model_unless_costs_were_given() -> None:
     assert own.costs == {"f0_0": 2.0}
     bytes_penalty = TargetPenalty(0.3, 0.2, "bytes")
     with pytest.raises(ValueError, match=r"costs\(model, topology, 'bytes'\)"):
-        bytes_penalty(gates_at([0.0]), 1.0)
+        bytes_penalty.start()(gates_at([0.0]), 1.0)
     priced = bytes_penalty.priced(costs)
     assert isinstance(priced, TargetPenalty)
     assert (priced.keep, priced.learning_rate, priced.costs) == (0.3, 0.2, {"f0_0": 3.0})
 
 
-def test_a_priced_penalty_starts_anew_and_leaves_the_other_as_it_is() -> None:
-    penalty = TargetPenalty(0.5)
-    first = penalty.priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
+def test_each_start_of_a_penalty_has_multipliers_of_its_own() -> None:
+    penalty = TargetPenalty(0.5).priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
+    assert isinstance(penalty, TargetPenalty)
+    first = penalty.start()
     first(gates_at([HIGH, HIGH]), 1.0)
-    second = penalty.priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
-    assert isinstance(first, TargetPenalty) and isinstance(second, TargetPenalty)
-    assert first.multipliers > (0.0, 0.0) == penalty.multipliers == second.multipliers
+    second = penalty.start()
+    assert first.multipliers > (0.0, 0.0) == second.multipliers
+
+
+def test_a_restored_term_continues_as_the_one_that_was_saved() -> None:
+    penalty = TargetPenalty(0.3, learning_rate=0.5)
+    term = penalty.start()
+    gates = gates_at([1.0, -1.0, HIGH])
+    for _ in range(3):
+        term(gates, 1.0)
+    restored = penalty.start()
+    restored.load_state_dict(json.loads(json.dumps(term.state_dict())))
+    assert restored.multipliers == term.multipliers != (0.0, 0.0)
+    assert restored(gates, 1.0).item() == term(gates, 1.0).item()
+
+
+def test_the_state_of_another_penalty_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"L0Penalty keeps no state, but got \['linear'"):
+        L0Penalty().load_state_dict(TargetPenalty(0.5).start().state_dict())
+    with pytest.raises(ValueError, match=r"linear and quadratic, but got \[\]"):
+        TargetPenalty(0.5).start().load_state_dict(L0Penalty().state_dict())
 
 
 @settings(max_examples=40, deadline=None)
@@ -216,10 +238,10 @@ def test_features_that_are_gone_count_as_closed_and_the_target_falls_from_what_i
     total = sum(all_costs.values())
     target = sum(costs[f"f0_{i}"] for i in range(closed, closed + opened)) / total
 
-    def penalty() -> TargetPenalty:
+    def penalty() -> TargetTerm:
         asked = TargetPenalty(0.9, learning_rate=1.0).priced(lambda _: all_costs, lambda _: target)
         assert isinstance(asked, TargetPenalty)
-        return asked
+        return asked.start()
 
     met = penalty()
     met(gates_at([LOW] * closed + [HIGH] * opened), strength=1.0)
@@ -234,8 +256,9 @@ def test_a_target_above_what_is_left_asks_for_nothing_to_close() -> None:
     costs = {"f0_0": 1.0, "gone": 1.0}
     penalty = TargetPenalty(0.9).priced(lambda _: costs)
     assert isinstance(penalty, TargetPenalty)
-    assert penalty(gates_at([HIGH]), 1.0).item() == pytest.approx(0, abs=1e-9)
-    assert penalty.multipliers == pytest.approx((0, 0), abs=1e-9)
+    term = penalty.start()
+    assert term(gates_at([HIGH]), 1.0).item() == pytest.approx(0, abs=1e-9)
+    assert term.multipliers == pytest.approx((0, 0), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +270,7 @@ def test_a_target_above_what_is_left_asks_for_nothing_to_close() -> None:
 )
 def test_costs_that_do_not_fit_the_gates_are_refused(costs: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TargetPenalty(0.5, costs=costs)(gates_at([0.0]), 1.0)
+        TargetPenalty(0.5, costs=costs).start()(gates_at([0.0]), 1.0)
 
 
 @pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchrec.models.deepfm import SimpleDeepFMNN
 
-from tests.models.small_batch import (
+from tests.support.small_batch import (
     CPU,
     SPARSE,
     batch,

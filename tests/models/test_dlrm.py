@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tests.models.small_batch import (
+from tests.support.small_batch import (
     CPU,
     SPARSE,
     batch,

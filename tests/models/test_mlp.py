@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.small_batch import (
+from tests.support.small_batch import (
     CPU,
     SPARSE,
     batch,

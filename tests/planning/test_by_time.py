@@ -18,7 +18,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tests.planning.models import topology
+from tests.support.planned_models import topology
 from torchrec_fmp.gates.sharded import sharders
 from torchrec_fmp.planning.by_time import ByTimeEnumerator, Candidate, choices
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 
-from tests.planning.models import Model, constraints, planner, sharders, topology
-from torchrec_fmp.planning.choice import Choice, Planner, choose_plan
+from tests.support.planned_models import Model, constraints, planner, sharders, topology
+from torchrec_fmp.planning.choice import Choice, Planner, PlanRequest, choose_plan
+from torchrec_fmp.planning.planner import PlannedModel
 from torchrec_fmp.planning.replan import Replan
 
 TABLE_WISE = dict.fromkeys(("t_a", "t_bc", "t_d", "t_e"), "table_wise")
@@ -31,17 +32,16 @@ def old_plan(types: dict[str, str] | None = None) -> ShardingPlan:
 
 
 def chosen(by: Planner, replan: Replan, old: ShardingPlan, world_size: int = 4) -> Choice:
-    return choose_plan(
-        by,
-        replan,
-        (old, Model()),
-        Model(without=("a",)),
-        list(sharders()),
-        lambda plan: np.zeros((world_size, world_size), dtype=np.int64),
-        world_size,
-        None,
-        2**20,
+    request = PlanRequest(
+        old=PlannedModel(old, Model()),
+        smaller=Model(without=("a",)),
+        sharders=list(sharders()),
+        link_bytes=lambda plan: np.zeros((world_size, world_size), dtype=np.int64),
+        world_size=world_size,
+        steps_left=None,
+        chunk_bytes=2**20,
     )
+    return choose_plan(by, replan, request)
 
 
 @pytest.mark.parametrize("replan", ["auto", "planner", "sticky"])

@@ -8,12 +8,20 @@ from torch import nn
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
 
-from tests.planning.models import BAGS, BATCH_SIZE, Model, constraints, planner, sharders, topology
+from tests.support.planned_models import (
+    BAGS,
+    BATCH_SIZE,
+    Model,
+    constraints,
+    planner,
+    sharders,
+    topology,
+)
 from torchrec_fmp import TableCost, costs, table_costs
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
-from torchrec_fmp.planning.costs import Unit
 from torchrec_fmp.planning.estimates import estimate
+from torchrec_fmp.selection.costs import Unit
 
 ROW_WISE = dict.fromkeys(BAGS, "row_wise")
 

@@ -15,12 +15,20 @@ from torchrec.distributed.planner.shard_estimators import EmbeddingStorageEstima
 from torchrec.distributed.planner.types import ShardingOption
 from torchrec.distributed.types import ShardingPlan
 
-from tests.planning.models import BAGS, BATCH_SIZE, Model, constraints, planner, sharders, topology
+from tests.support.planned_models import (
+    BAGS,
+    BATCH_SIZE,
+    Model,
+    constraints,
+    planner,
+    sharders,
+    topology,
+)
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.gates.sharded import sharders as fmp_sharders
 from torchrec_fmp.planning.estimates import PlanEstimate, estimate, estimate_as
-from torchrec_fmp.planning.tables import ShardableTable, shardable_tables
+from torchrec_fmp.planning.shardable import ShardableTable, shardable_tables
 
 MIXED = {"t_a": "row_wise", "t_bc": "table_wise", "t_d": "column_wise", "t_e": "table_row_wise"}
 TYPES = ["table_wise", "row_wise", "column_wise", "table_row_wise", "data_parallel"]

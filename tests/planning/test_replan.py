@@ -10,11 +10,12 @@ import pytest
 from torchrec.distributed.planner import ParameterConstraints
 from torchrec.distributed.planner.estimator import EmbeddingPerfEstimatorFactory
 
-from tests.planning.models import Model, constraints, planner, sharders, topology
+from tests.support.planned_models import Model, constraints, planner, sharders, topology
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.planning.estimates import PlanEstimate
 from torchrec_fmp.planning.replan import (
+    PlanCost,
     compare,
     fits_side_by_side,
     move_ms,
@@ -201,9 +202,8 @@ def test_the_planners_plan_is_taken_if_it_makes_up_for_its_move(
     steps_left: int | None, decision: str
 ) -> None:
     where = topology()
-    compared = compare(
-        10.0, links(0), 8.0, links(int(200 * where.inter_host_bw)), where, steps_left
-    )
+    moving = PlanCost(8.0, links(int(200 * where.inter_host_bw)))
+    compared = compare(PlanCost(10.0, links(0)), moving, where, steps_left)
     assert compared.break_even_steps == pytest.approx(100)
     assert compared.planner_move_ms == pytest.approx(200)
     assert compared.decision == decision
@@ -212,12 +212,13 @@ def test_the_planners_plan_is_taken_if_it_makes_up_for_its_move(
 
 @pytest.mark.parametrize("planner_step_ms", [9.95, 10.0, 12.0])
 def test_a_gain_below_what_estimates_resolve_moves_nothing(planner_step_ms: float) -> None:
-    compared = compare(10.0, links(0), planner_step_ms, links(0), topology())
+    moving = PlanCost(planner_step_ms, links(0))
+    compared = compare(PlanCost(10.0, links(0)), moving, topology())
     assert compared.decision == "sticky"
 
 
 def test_tables_stay_if_the_planner_finds_no_plan() -> None:
-    compared = compare(10.0, links(0), None, None, topology())
+    compared = compare(PlanCost(10.0, links(0)), None, topology())
     assert compared.decision == "sticky"
     assert compared.reason == "the planner found no plan that fits"
 

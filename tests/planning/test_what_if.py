@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.tiny_run import tiny, write_config
-from torchrec_fmp.cli import main
-from torchrec_fmp.planning.dry_run import Request, run
-from torchrec_fmp.planning.report import format_bytes
+from tests.support.tiny_run import tiny, write_config
+from torchrec_fmp.cli.__main__ import main
 from torchrec_fmp.planning.what_if import WhatIf
-from torchrec_fmp.planning.what_if_config import load_what_if
+from torchrec_fmp.report.plan import format_bytes
+from torchrec_fmp.run.what_if_config import load_what_if
+from torchrec_fmp.run.what_if_request import Request, run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = ["--table_fraction", "0.03", "--topology.world_size", "16"]
@@ -152,7 +152,7 @@ def test_a_dry_run_of_a_job_says_what_its_selection_would_do(tmp_path: Path) -> 
 
 
 def _sparse(path: str) -> tuple[str, ...]:
-    from torchrec_fmp.config import load_config
+    from torchrec_fmp.run.config import load_config
 
     return tuple(load_config(path)[0].data.schema.sparse_names)
 

@@ -8,14 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchrec_fmp.reshard.chunks import (
-    Part,
-    chunked,
-    direct,
-    message_bytes,
-    pack,
-    unpack,
-)
+from torchrec_fmp.reshard.chunks import Part, chunked, direct, message_bytes, pack, unpack
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)

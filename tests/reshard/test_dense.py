@@ -15,12 +15,13 @@ from torch.optim import LBFGS, SGD, Adafactor, Adam, Muon, Optimizer, SparseAdam
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from torchrec_fmp.embeddings.fqns import own_tensors
+from torchrec_fmp.embeddings.wrappers import Wrapper
 from torchrec_fmp.reshard.dense import fill_dense
 from torchrec_fmp.reshard.dense_optimizer import carry_optimizer, check_optimizer
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
 COLUMNS = torch.tensor([0, 2])
-SOURCES = {"layer.weight": "gated.layer.weight", "layer.bias": "gated.layer.bias", "seen": "seen"}
 CUT_MAP = CutMap(
     {
         "layer.weight": TensorCut(
@@ -42,14 +43,16 @@ class Model(nn.Module):
         self.fused_optimizer = object()
 
 
-class Gated(nn.Module):
+class Gated(Wrapper):
     """The model before, with a gate."""
+
+    inner = "gated"
 
     def __init__(self) -> None:
         super().__init__()
         self.gated = Model(3)
+        self.gated.seen = torch.tensor(5)
         self.log_alpha = nn.Parameter(torch.ones(3))
-        self.register_buffer("seen", torch.tensor(5))
         self.fused_optimizer = object()
 
 
@@ -58,11 +61,9 @@ def test_parameters_and_buffers_are_filled_and_tables_left_alone() -> None:
     old.gated.layer.bias.requires_grad_(False)
     new.layer.bias.requires_grad_(False)
     new.register_parameter("table", nn.Parameter(torch.empty(2, 2, device="meta")))
-    tensors = dict([*old.named_parameters(), *old.named_buffers()])
     table = TensorCut("table", torch.Size([2, 2]))
-    fill_dense(
-        new, tensors, CutMap({**CUT_MAP.tensors, "table": table}), {**SOURCES, "table": "table"}
-    )
+    cut_map = CutMap({**CUT_MAP.tensors, "table": table})
+    fill_dense(new, dict(own_tensors(old)), cut_map)
     weight = old.gated.layer.weight
     assert torch.equal(new.layer.weight, weight[:, COLUMNS] * torch.tensor([1.0, 0.5]))
     assert new.layer.weight.requires_grad and new.layer.weight.is_leaf
@@ -87,7 +88,7 @@ def test_until_the_commit_the_optimizer_is_the_old_models() -> None:
     optimizer = stepped(old)
     groups = [list(group["params"]) for group in optimizer.param_groups]
     states = dict(optimizer.state)
-    commit = carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+    commit = carry_optimizer(optimizer, old, new, CUT_MAP)  # type: ignore[arg-type]
     assert [group["params"] for group in optimizer.param_groups] == groups
     assert dict(optimizer.state) == states
     assert commit() is optimizer
@@ -99,7 +100,7 @@ def test_states_are_cut_and_not_scaled() -> None:
     old, new = Gated(), Model(2)
     optimizer = stepped(old)
     before = optimizer.state[old.gated.layer.weight]
-    carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)()  # type: ignore[arg-type]
+    carry_optimizer(optimizer, old, new, CUT_MAP)()  # type: ignore[arg-type]
     after = optimizer.state[new.layer.weight]
     assert torch.equal(after["exp_avg"], before["exp_avg"][:, COLUMNS])
     assert after["step"] == 1
@@ -109,7 +110,7 @@ def test_states_are_cut_and_not_scaled() -> None:
 def test_an_optimizer_that_has_not_stepped_stays_without_state() -> None:
     old, new = Gated(), Model(2)
     optimizer = SGD(old.parameters(), lr=0.5)
-    carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)()  # type: ignore[arg-type]
+    carry_optimizer(optimizer, old, new, CUT_MAP)()  # type: ignore[arg-type]
     assert not optimizer.state
     assert optimizer.param_groups[0]["lr"] == 0.5
 
@@ -119,19 +120,19 @@ def test_a_state_of_another_shape_is_refused() -> None:
     optimizer = stepped(old)
     optimizer.state[old.gated.layer.weight]["factor"] = torch.zeros(2)
     with pytest.raises(ValueError, match=r"state 'factor' of layer\.weight has .* \(2,\)"):
-        carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+        carry_optimizer(optimizer, old, new, CUT_MAP)  # type: ignore[arg-type]
 
 
 def test_a_foreign_parameter_is_refused() -> None:
     old, new = Gated(), Model(2)
     optimizer = SGD([*old.parameters(), nn.Parameter(torch.ones(4, 5))], lr=0.1)
     with pytest.raises(ValueError, match=r"parameter of shape \(4, 5\) that the model does not"):
-        carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+        carry_optimizer(optimizer, old, new, CUT_MAP)  # type: ignore[arg-type]
 
 
 def test_the_fused_optimizer_is_replaced_by_the_new_models() -> None:
     old, new = Gated(), Model(2)
-    commit = carry_optimizer(old.fused_optimizer, old, new, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+    commit = carry_optimizer(old.fused_optimizer, old, new, CUT_MAP)  # type: ignore[arg-type]
     assert commit() is new.fused_optimizer
 
 
@@ -153,7 +154,7 @@ def fill_tied(columns_of_b: torch.Tensor | None, columns_of_a: torch.Tensor | No
         "b.weight": TensorCut("b.weight", shape, columns_of_b),
     }
     tensors = dict(old.named_parameters(remove_duplicate=False))
-    fill_dense(new, tensors, CutMap(cuts), {name: name for name in cuts})
+    fill_dense(new, tensors, CutMap(cuts))
     return new
 
 
@@ -223,7 +224,7 @@ def step(model: nn.Module, optimizer: Optimizer, seed: int, columns: Tensor | No
 
 def successor(old: Gated) -> Model:
     new = Model(2)
-    fill_dense(new, dict([*old.named_parameters(), *old.named_buffers()]), CUT_MAP, SOURCES)
+    fill_dense(new, dict(own_tensors(old)), CUT_MAP)
     return new
 
 
@@ -257,7 +258,7 @@ def test_every_optimizer_trains_on_like_one_that_was_given_the_cut_state(
     other_optimizer = kind(trained_by(kind, other), **settings)
     kept = [name for name, p in other.named_parameters() if p.dim() == 2 or kind is not Muon]
     other_optimizer.load_state_dict(sliced(optimizer, old, kept))
-    carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)()  # type: ignore[arg-type]
+    carry_optimizer(optimizer, old, new, CUT_MAP)()  # type: ignore[arg-type]
     for seed in range(3, 8):
         step(new, optimizer, seed, COLUMNS)
         step(other, other_optimizer, seed, COLUMNS)
@@ -276,7 +277,7 @@ def test_an_optimizer_that_factors_its_state_is_refused_before_anything_is_built
     old = Gated()
     optimizer = stepped(old, Adafactor)
     with pytest.raises(ValueError, match=r"state 'row_var' of layer\.weight has .* \(2, 1\), not"):
-        check_optimizer(optimizer, old, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+        check_optimizer(optimizer, old, CUT_MAP)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [Adafactor, RowWiseAdagrad])
@@ -287,7 +288,7 @@ def test_a_parameter_that_is_not_cut_keeps_a_state_of_any_shape(kind: type[Optim
     old.gated.layer.weight.grad = torch.rand(2, 3)
     optimizer.step()
     before = copy.deepcopy(optimizer.state[old.gated.layer.weight])
-    carry_optimizer(optimizer, old, new, CutMap(whole), SOURCES)()  # type: ignore[arg-type]
+    carry_optimizer(optimizer, old, new, CutMap(whole))()  # type: ignore[arg-type]
     after = optimizer.state[new.layer.weight]
     assert after.keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -297,7 +298,7 @@ def test_an_optimizer_of_all_parameters_together_is_refused() -> None:
     old = Gated()
     optimizer = LBFGS(old.parameters())
     with pytest.raises(TypeError, match="LBFGS keeps parameters in its attribute _params"):
-        check_optimizer(optimizer, old, CUT_MAP, SOURCES)  # type: ignore[arg-type]
+        check_optimizer(optimizer, old, CUT_MAP)  # type: ignore[arg-type]
 
 
 def one_cycle(optimizer: Optimizer) -> Any:
@@ -333,7 +334,7 @@ def scheduled(schedule: Callable[[Optimizer], Any], carries: bool) -> list[Any]:
     for seed in range(8):
         if seed == 3 and carries:
             model = successor(old)
-            carry_optimizer(optimizer, old, model, CUT_MAP, SOURCES)()  # type: ignore[arg-type]
+            carry_optimizer(optimizer, old, model, CUT_MAP)()  # type: ignore[arg-type]
         step(model, optimizer, seed, COLUMNS if model is not old else None)
         scheduler.step(*([1.0] if schedule is on_plateau else []))
         found.append([(g["lr"], g["betas"], g["weight_decay"]) for g in optimizer.param_groups])
@@ -359,7 +360,7 @@ def test_a_keyed_optimizer_keeps_its_own_keys_and_renames_those_that_are_fqns() 
     }
     optimizer = KeyedOptimizerWrapper(mine, lambda parameters: Adam(parameters))
     optimizer.init_state()
-    carry_optimizer(optimizer, old, new, CUT_MAP, SOURCES)()  # type: ignore[arg-type]
+    carry_optimizer(optimizer, old, new, CUT_MAP)()  # type: ignore[arg-type]
     assert {name: id(p) for name, p in optimizer.params.items()} == {
         "the weight": id(new.layer.weight),
         "model.layer.bias": id(new.layer.bias),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchrec_fmp.reshard.boxes import Box
-from torchrec_fmp.reshard.dense_optimizer import Place
+from torchrec_fmp.embeddings.boxes import Box
+from torchrec_fmp.embeddings.local_shards import LocalShard
+from torchrec_fmp.reshard.dense_optimizer import ParamGroup as Place
 from torchrec_fmp.reshard.dense_state import DenseState, sample_state
-from torchrec_fmp.reshard.local_shards import LocalShard
 
 STATE: dict[str, Any] = {
     "step": torch.tensor(3.0),

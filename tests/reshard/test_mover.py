@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.reshard.placements import Shards, array, box_of, placements
-from tests.reshard.simulated_ranks import Network, cut_out, rank_tables, run_ranks
-from torchrec_fmp.reshard.boxes import Box
+from tests.support.placements import Shards, array, box_of, placements
+from tests.support.simulated_ranks import Network, cut_out, rank_tables, run_ranks
+from torchrec_fmp.embeddings.boxes import Box
 from torchrec_fmp.reshard.itinerary import copy_local, itinerary
 from torchrec_fmp.reshard.mover import CorruptionError, exchange
 from torchrec_fmp.reshard.tables import Tables

@@ -14,8 +14,8 @@ from torchrec.distributed.batched_embedding_kernel import (
     BatchedFusedEmbeddingBag,
 )
 
-from torchrec_fmp.reshard.boxes import SHARD, Box
-from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.embeddings.boxes import SHARD, Box
+from torchrec_fmp.embeddings.local_shards import LocalShard
 from torchrec_fmp.reshard.staging import HostStage, release
 from torchrec_fmp.reshard.tables import Tables
 

@@ -12,7 +12,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from tests.reshard.placements import CUT_KINDS, array, placements, sharding_of
+from tests.support.placements import CUT_KINDS, array, placements, sharding_of
 from torchrec_fmp.reshard.reshard import check_layouts
 from torchrec_fmp.reshard.tables import Layout, Tables, planned_moves, table_shapes
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut

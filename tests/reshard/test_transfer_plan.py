@@ -10,8 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.reshard.placements import CUT_KINDS, KINDS, Shards, array, box_of, placements
-from torchrec_fmp.reshard.boxes import Box
+from tests.support.placements import CUT_KINDS, KINDS, Shards, array, box_of, placements
+from torchrec_fmp.embeddings.boxes import Box
 from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes, plan_transfers
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from tests.surgery.gated_model import BOTTOM, DENSE, EBC, gated_model, plain_model
+from tests.support.gated_model import BOTTOM, DENSE, EBC, gated_model, plain_model
+from torchrec_fmp.embeddings.fqns import own_tensors
 from torchrec_fmp.surgery.blueprint import blueprint
 
 
@@ -33,14 +34,15 @@ def test_taking_it_changes_nothing() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_sources_name_every_tensor_of_the_gated_model_but_the_gates() -> None:
+def test_the_blueprint_has_every_tensor_of_the_gated_model_but_the_gates_under_its_own_fqn() -> (
+    None
+):
     model = gated_model()
     taken = blueprint(model)
-    assert taken.sources[f"{EBC}.embedding_bags.t_c.weight"] == (
-        f"{EBC}._embedding_bag_collection.embedding_bags.t_c.weight"
-    )
-    names = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
-    assert set(taken.sources.values()) == {name for name in names if ".gates." not in name}
+    own = {name for name, _ in own_tensors(model)}
+    assert f"{EBC}.embedding_bags.t_c.weight" in own
+    plain = {name for name, _ in own_tensors(taken.model)}
+    assert plain == {name for name in own if ".gates." not in name}
     assert taken.dense_features == {BOTTOM: DENSE}
 
 
@@ -57,8 +59,8 @@ def test_a_frozen_parameter_stays_frozen_and_a_buffer_keeps_its_values() -> None
 @pytest.mark.parametrize("build", [plain_model, gated_model])
 def test_what_apply_optimizer_in_backward_has_set_is_kept(build: type) -> None:
     model = build()
-    name = blueprint(model).sources[f"{EBC}.embedding_bags.t_c.weight"]
-    apply_optimizer_in_backward(RowWiseAdagrad, [model.get_parameter(name)], {"lr": 0.3})
+    parameter = dict(own_tensors(model))[f"{EBC}.embedding_bags.t_c.weight"]
+    apply_optimizer_in_backward(RowWiseAdagrad, [parameter], {"lr": 0.3})
     weight = blueprint(model).model.get_parameter(f"{EBC}.embedding_bags.t_c.weight")
     assert weight._optimizer_classes == [RowWiseAdagrad]
     assert weight._optimizer_kwargs == [{"lr": 0.3}]

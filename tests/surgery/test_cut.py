@@ -12,8 +12,8 @@ from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.surgery.gated_model import BOTTOM, EBC, gated_model, plain_model
-from tests.surgery.selections import select
+from tests.support.gated_model import BOTTOM, EBC, gated_model, plain_model
+from tests.support.selections import select
 from torchrec_fmp.gates.attach import attach_gates
 from torchrec_fmp.gates.feature_gates import GateConfig
 from torchrec_fmp.surgery.blueprint import blueprint

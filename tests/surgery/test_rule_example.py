@@ -12,7 +12,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from tests.surgery.selections import select
+from tests.support.selections import select
 from torchrec_fmp.surgery import rules
 from torchrec_fmp.surgery.blueprint import blueprint
 from torchrec_fmp.surgery.cut import Cut, cut

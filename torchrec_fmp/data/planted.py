@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from torchrec_fmp.metrics import metrics_of
+from torchrec_fmp.data.auc import exact_auc
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int32]
@@ -131,7 +131,7 @@ def logits(effects: Iterable[Floats], bias: float, rows: int) -> Floats:
 
 def auc(logit: Floats, labels: Labels) -> float:
     """The exact area under the ROC curve, of (rows,) logits and labels; NaN for one class."""
-    return metrics_of(torch.from_numpy(logit), torch.from_numpy(labels).double()).auc
+    return exact_auc(torch.from_numpy(logit), torch.from_numpy(labels).double())
 
 
 def contributions(

@@ -17,17 +17,13 @@ from urllib.parse import quote
 from tqdm import tqdm
 
 from torchrec_fmp import paths
-from torchrec_fmp.data.conversion import to_values
 from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.prepared import RowConverter, SplitWriter
 from torchrec_fmp.data.raw.avazu import AvazuTable
+from torchrec_fmp.data.raw.conversion import to_values
 from torchrec_fmp.data.raw.criteo import criteo_table
 from torchrec_fmp.data.raw.delimited import CSV, TSV, DelimitedTable, read_names
-from torchrec_fmp.data.raw.erase import (
-    EraseCriteoTable,
-    erase_avazu_table,
-    erase_movielens_table,
-)
+from torchrec_fmp.data.raw.erase import EraseCriteoTable, erase_avazu_table, erase_movielens_table
 from torchrec_fmp.data.raw.movielens import MovieLensTable
 from torchrec_fmp.data.raw.parquet import ParquetTable, read_schema
 from torchrec_fmp.data.raw.permuted import shuffled

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from torchrec_fmp import paths
-from torchrec_fmp.data.conversion import to_dense, to_labels, to_values
+from torchrec_fmp.data.raw.conversion import to_dense, to_labels, to_values
 from torchrec_fmp.data.raw.table import RawChunk, RawColumns
 from torchrec_fmp.data.vocabulary import OUT_OF_VOCABULARY, IdMap
 

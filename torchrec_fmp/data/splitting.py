@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from torchrec_fmp.data.conversion import to_test_mask, to_values
+from torchrec_fmp.data.raw.conversion import to_test_mask, to_values
 from torchrec_fmp.data.raw.table import RawChunk, RawTable
 from torchrec_fmp.data.vocabulary import ValueCounts
 

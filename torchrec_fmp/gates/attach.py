@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -22,7 +21,8 @@ from torchrec.modules.itep_embedding_modules import (
 )
 from torchrec.modules.mc_embedding_modules import BaseManagedCollisionEmbeddingCollection
 
-from torchrec_fmp.gates.collections import feature_names, table_configs
+from torchrec_fmp.embeddings.collections import feature_names, table_configs
+from torchrec_fmp.embeddings.compiled import module_compiled_by
 from torchrec_fmp.gates.feature_gates import FeatureGates, GateConfig
 from torchrec_fmp.gates.gated import (
     GatedCollection,
@@ -146,7 +146,7 @@ def _collections(model: nn.Module) -> dict[str, nn.Module]:
                 "and EmbeddingCollection can be gated and pruned"
             )
         # Its forward is bound to the collection, whatever takes the collection's place.
-        if isinstance(module, OptimizedModule) and type(module._orig_mod) in _GATED:
+        if type(module) not in _GATED and type(module_compiled_by(module)) in _GATED:
             raise TypeError(
                 f"{fqn or 'the model'} is a collection that torch.compile wraps, which neither "
                 "gates nor TorchRec's sharding can replace: compile the layers that read it instead"

@@ -11,13 +11,14 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConf
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from torchrec_fmp.gates.collections import Collection, feature_names, table_configs
+from torchrec_fmp.embeddings.collections import Collection, feature_names, table_configs
+from torchrec_fmp.embeddings.wrappers import CollectionWrapper, Wrapper
 from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.gates.scale import Scale, scale_keys, scale_sequences
 from torchrec_fmp.gates.step_counter import StepCounter
 
 
-class GatedCollection(nn.Module):
+class GatedCollection(CollectionWrapper):
     """A collection whose features each have a gate behind the lookup.
 
     Collections that read the same features share one `FeatureGates`, with gates for the features of
@@ -29,8 +30,6 @@ class GatedCollection(nn.Module):
         gates: one gate for each of its features, at least.
     """
 
-    # Name of the attribute that holds the user's collection; with TorchRec's naming.
-    inner: ClassVar[str]
     # (embeddings, features, gates, centered) -> embeddings
     scale: ClassVar[Callable[..., Any]]
 
@@ -39,11 +38,6 @@ class GatedCollection(nn.Module):
         setattr(self, self.inner, collection)
         self.gates = gates
         self.step = StepCounter()
-
-    @property
-    def collection(self) -> Any:
-        """The user's collection."""
-        return getattr(self, self.inner)
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -105,13 +99,15 @@ class GatedEmbeddingCollection(GatedCollection):
         return self._embedding_collection.need_indices()
 
 
-class GatedDense(nn.Module):
+class GatedDense(Wrapper):
     """A module that reads dense features, with a gate on each column of its input.
 
     Args:
         module: the user's module; its only argument is the dense input (B, F).
         gates: one gate for each column, in order.
     """
+
+    inner = "_module"
 
     def __init__(self, module: nn.Module, gates: FeatureGates) -> None:
         super().__init__()

@@ -5,19 +5,16 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from torchrec_fmp.gates.feature_gates import FeatureGates
-
-if TYPE_CHECKING:
-    from torchrec_fmp.planning.costs import Unit
+from torchrec_fmp.selection.costs import BudgetUnit
 
 
-class Penalty(abc.ABC):
-    """A term of the loss that depends on the gates alone."""
+class PenaltyTerm(abc.ABC):
+    """A penalty at work: a term of the loss, and what it has learned so far."""
 
     @abc.abstractmethod
     def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
@@ -28,12 +25,33 @@ class Penalty(abc.ABC):
             strength: from 0 to 1 while the penalty is ramped up, then 1.
         """
 
+    def state_dict(self) -> dict[str, float]:
+        """What the term has learned: plain numbers, equal on every rank."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Takes what `state_dict` gave.
+
+        Raises:
+            ValueError: if it is another penalty's.
+        """
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state, but got {sorted(state)}")
+
+
+class Penalty(abc.ABC):
+    """What drives gates to close: configuration, which training does not change."""
+
+    @abc.abstractmethod
+    def start(self) -> PenaltyTerm:
+        """The penalty at work, as before its first step."""
+
     def priced(
         self,
-        costs: Callable[[Unit | Literal["features"]], Mapping[str, float]],
+        costs: Callable[[BudgetUnit], Mapping[str, float]],
         share: Callable[[float], float] = float,
     ) -> Penalty:
-        """The penalty for one prune: with the model's costs, and as before its first step.
+        """The penalty of one prune, with the model's costs.
 
         Args:
             costs: unit -> feature -> cost, of all features that the model began with, those that
@@ -43,8 +61,10 @@ class Penalty(abc.ABC):
         return self
 
 
-class L0Penalty(Penalty):
+class L0Penalty(Penalty, PenaltyTerm):
     """The expected L0 norm: `weight` times the sum over features of P(z > 0).
+
+    It learns nothing, so it is its own term.
 
     Args:
         weight: price of one feature in the loss's unit, nats of logloss: roughly, a feature stays
@@ -59,6 +79,9 @@ class L0Penalty(Penalty):
             raise ValueError(f"the penalty's weight is {weight}, it must be finite and at least 0")
         self.weight = weight
 
+    def start(self) -> PenaltyTerm:
+        return self
+
     def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
         return self.weight * strength * _open_probability(gates).sum()
 
@@ -72,8 +95,8 @@ class TargetPenalty(Penalty):
     section 3) and LLM-Shearing. Gates are counted between their bounds, so that s = t when exactly
     the target's share of the gates is at the upper bound and the rest at the lower.
 
-    With several prunes, `priced` makes one penalty of each: multipliers start anew, and the target
-    is what the schedule leaves of all features. Those that are gone count as closed, so that t
+    With several prunes, `priced` makes one penalty of each, whose target is what the schedule
+    leaves of all features. Those that are gone count as closed, so that t
     falls from the share of those that are left.
 
     What a feature costs is a choice. If all cost the same, narrow useful features are given up for
@@ -96,7 +119,7 @@ class TargetPenalty(Penalty):
         self,
         keep: float,
         learning_rate: float = 3e-3,
-        unit: Literal["features", "bytes", "hbm", "step_ms"] = "features",
+        unit: BudgetUnit = "features",
         costs: Mapping[str, float] | None = None,
     ) -> None:
         if not 0 < keep <= 1:
@@ -110,13 +133,12 @@ class TargetPenalty(Penalty):
         self.learning_rate = learning_rate
         self.unit = unit
         self.costs = costs
-        self.multipliers = (0.0, 0.0)
         # May cost something and have no gate, because an earlier prune has dropped them.
         self._all: frozenset[str] = frozenset()
 
     def priced(
         self,
-        costs: Callable[[Unit | Literal["features"]], Mapping[str, float]],
+        costs: Callable[[BudgetUnit], Mapping[str, float]],
         share: Callable[[float], float] = float,
     ) -> Penalty:
         own = costs(self.unit) if self.costs is None else self.costs
@@ -124,32 +146,10 @@ class TargetPenalty(Penalty):
         penalty._all = frozenset(costs("features"))
         return penalty
 
-    def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
-        weights = self._weights(gates)
-        left = math.fsum(weights)
-        target = left + strength * min(0.0, self.keep - left)
-        excess = self._open_share(gates, weights) - target
-        linear, quadratic = self.multipliers
-        if strength > 0:
-            value = float(excess.detach())
-            linear += self.learning_rate * value
-            quadratic += self.learning_rate * value**2
-            self.multipliers = (linear, quadratic)
-        return linear * excess + quadratic * excess**2
+    def start(self) -> TargetTerm:
+        return TargetTerm(self)
 
-    def _open_share(self, gates: Sequence[FeatureGates], weights: Sequence[float]) -> Tensor:
-        """The sum of P(z > 0) by cost, shifted and scaled.
-
-        0 with all gates at their lower bounds, and the sum of the weights at the upper ones.
-        """
-        config = gates[0].config
-        bounds = torch.tensor(config.log_alpha_bounds)
-        low, high = config.distribution.open_probability(bounds).tolist()
-        probability = _open_probability(gates)
-        weight = torch.tensor(weights, device=probability.device)
-        return (weight * (probability - low)).sum() / (high - low)
-
-    def _weights(self, gates: Sequence[FeatureGates]) -> list[float]:
+    def shares(self, gates: Sequence[FeatureGates]) -> list[float]:
         """Each feature's share of the cost of all.
 
         Raises:
@@ -170,6 +170,49 @@ class TargetPenalty(Penalty):
         if total == 0:
             raise ValueError("no feature costs anything, so none can be given up for a budget")
         return [self.costs.get(feature, 0.0) / total for feature in features]
+
+
+class TargetTerm(PenaltyTerm):
+    """A `TargetPenalty` at work: its multipliers ascend with every step."""
+
+    def __init__(self, penalty: TargetPenalty) -> None:
+        self._penalty = penalty
+        self.multipliers = (0.0, 0.0)
+
+    def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
+        shares = self._penalty.shares(gates)
+        left = math.fsum(shares)
+        target = left + strength * min(0.0, self._penalty.keep - left)
+        excess = _open_share(gates, shares) - target
+        linear, quadratic = self.multipliers
+        if strength > 0:
+            value = float(excess.detach())
+            linear += self._penalty.learning_rate * value
+            quadratic += self._penalty.learning_rate * value**2
+            self.multipliers = (linear, quadratic)
+        return linear * excess + quadratic * excess**2
+
+    def state_dict(self) -> dict[str, float]:
+        linear, quadratic = self.multipliers
+        return {"linear": linear, "quadratic": quadratic}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(f"the multipliers are linear and quadratic, but got {sorted(state)}")
+        self.multipliers = (state["linear"], state["quadratic"])
+
+
+def _open_share(gates: Sequence[FeatureGates], shares: Sequence[float]) -> Tensor:
+    """The sum of P(z > 0) by share of the cost, shifted and scaled.
+
+    0 with all gates at their lower bounds, and the sum of the shares at the upper ones.
+    """
+    config = gates[0].config
+    bounds = torch.tensor(config.log_alpha_bounds)
+    low, high = config.distribution.open_probability(bounds).tolist()
+    probability = _open_probability(gates)
+    weight = torch.tensor(shares, device=probability.device)
+    return (weight * (probability - low)).sum() / (high - low)
 
 
 def _open_probability(gates: Sequence[FeatureGates]) -> Tensor:

@@ -38,6 +38,9 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from torchrec_fmp.embeddings.meta import meta_parameter
+from torchrec_fmp.embeddings.seams import lookups
+from torchrec_fmp.embeddings.wrappers import CollectionWrapper
 from torchrec_fmp.gates.feature_gates import FeatureGates
 from torchrec_fmp.gates.gated import (
     GatedCollection,
@@ -46,13 +49,14 @@ from torchrec_fmp.gates.gated import (
 )
 from torchrec_fmp.gates.scale import scale_keys, scale_sequences
 from torchrec_fmp.gates.step_counter import StepCounter
-from torchrec_fmp.surgery.meta import meta_parameter
 
 Out = TypeVar("Out")
 M = TypeVar("M", bound=GatedCollection)
 
 
-class ShardedGatedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, Any], Generic[Out]):
+class ShardedGatedCollection(
+    ShardedEmbeddingModule[KJTList, list[Tensor], Out, Any], CollectionWrapper, Generic[Out]
+):
     """Sharded counterpart of a `GatedCollection`; made by its sharder."""
 
     unsharded: ClassVar[type[GatedCollection]]
@@ -76,21 +80,11 @@ class ShardedGatedCollection(ShardedEmbeddingModule[KJTList, list[Tensor], Out, 
             module_fqn=append_prefix(module_fqn, module.inner) if module_fqn else module_fqn,
         )
         setattr(self, module.inner, sharded)
-        self._lookups = sharded._lookups
+        self._lookups = lookups(sharded)
         self.features: tuple[str, ...] = module.features
         # In place, so that collections which share gates go on sharing them.
         self.gates: FeatureGates = module.gates.to(device)
         self.step: StepCounter = module.step
-
-    @property
-    def inner(self) -> str:
-        """Name of the attribute that holds the sharded collection."""
-        return self.unsharded.inner
-
-    @property
-    def collection(self) -> Any:
-        """TorchRec's sharded collection."""
-        return getattr(self, self.inner)
 
     def create_context(self) -> Any:
         return self.collection.create_context()
@@ -136,6 +130,7 @@ class ShardedGatedEmbeddingBagCollection(ShardedGatedCollection[KeyedTensor]):
     """Sharded counterpart of `GatedEmbeddingBagCollection`."""
 
     unsharded = GatedEmbeddingBagCollection
+    inner = GatedEmbeddingBagCollection.inner
     scale = staticmethod(scale_keys)
     _embedding_bag_collection: ShardedEmbeddingBagCollection
 
@@ -144,6 +139,7 @@ class ShardedGatedEmbeddingCollection(ShardedGatedCollection[dict[str, JaggedTen
     """Sharded counterpart of `GatedEmbeddingCollection`."""
 
     unsharded = GatedEmbeddingCollection
+    inner = GatedEmbeddingCollection.inner
     scale = staticmethod(scale_sequences)
     _embedding_collection: ShardedEmbeddingCollection
 

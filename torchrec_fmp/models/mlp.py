@@ -1,4 +1,4 @@
-"""ERASE's plain MLP over the concatenated embeddings."""
+"""ERASE's plain MLP over the concatenated embeddings: module, cut rule and backbone."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from torchrec.modules.regroup import KTRegroupAsDict
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from torchrec_fmp.data.schema import Schema
-from torchrec_fmp.gates.collections import feature_names
+from torchrec_fmp.embeddings.collections import feature_names, feature_widths
+from torchrec_fmp.embeddings.fqns import join_fqn
 from torchrec_fmp.models.backbone import Backbone, check_embedding_dim, embedding_bags
 from torchrec_fmp.models.batch_norm import GlobalBatchNorm1d
+from torchrec_fmp.surgery.cut_tables import cut_tables
+from torchrec_fmp.surgery.linear import cut_linear, kept_columns
+from torchrec_fmp.surgery.rules import Cutter, cut_rule
 
 _GROUP = "sparse"
 # models/basemodel.py of ERASE.
@@ -80,6 +84,31 @@ class Mlp(nn.Module):
 def regrouped(collection: EmbeddingBagCollection) -> KTRegroupAsDict:
     """Brings the pooled embeddings into the order of the tables, whatever the plan's is."""
     return KTRegroupAsDict([[*feature_names(collection.embedding_bag_configs())]], [_GROUP])
+
+
+@cut_rule(Mlp)
+def cut_mlp(model: Mlp, fqn: str, cutter: Cutter) -> None:
+    """Shrinks the tables, the order of the features and the first layer.
+
+    The first layer reads the concatenated embeddings linearly, so closed gates drop its columns and
+    those between 0 and 1 scale them where they do not fold into a table. The dense input has a
+    layer of its own, and batch normalization lies behind both: nothing is to be cut there.
+
+    Raises:
+        ValueError: if no sparse feature is left.
+    """
+    collection = model.embedding_bag_collection
+    smaller, gates = cut_tables(collection, join_fqn(fqn, "embedding_bag_collection"), cutter)
+    if smaller is None:
+        raise ValueError(f"{fqn or 'the model'} has no sparse feature left: keep at least one")
+    model.embedding_bag_collection = smaller
+    model.regroup = regrouped(smaller)
+    cut_linear(
+        model.sparse_layer,
+        join_fqn(fqn, "sparse_layer"),
+        cutter,
+        *kept_columns(feature_widths(collection).items(), gates),
+    )
 
 
 def _over_layers(

@@ -22,7 +22,7 @@ from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
 from torchrec_fmp.planning.estimates import copy_estimates, device_memory, populate
-from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
+from torchrec_fmp.planning.shardable import ShardableTable, Sharders, shardable_tables
 
 _KERNEL = EmbeddingComputeKernel.FUSED.value
 _BY_COLUMNS = (

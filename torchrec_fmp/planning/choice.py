@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -20,21 +19,25 @@ from torchrec.distributed.types import (
     ShardingPlan,
 )
 
+from torchrec_fmp.embeddings.boxes import is_dense
+from torchrec_fmp.embeddings.collections import features_by_collection
+from torchrec_fmp.embeddings.seams import topology_of
 from torchrec_fmp.planning.estimates import PlanEstimate, estimate_as
+from torchrec_fmp.planning.planner import PlannedModel
 from torchrec_fmp.planning.pooling import PoolingChangedError, check_pooling
 from torchrec_fmp.planning.replan import (
     Comparison,
+    PlanCost,
     Replan,
     compare,
     fits_side_by_side,
     narrowed_planner,
     sticky_plan,
 )
-from torchrec_fmp.planning.tables import features_by_collection, is_dense
 
 _OPTIMIZERS = {True: "dense one", False: "fused one"}
 
-Links = Callable[[ShardingPlan], NDArray[np.int64]]
+LinkBytes = Callable[[ShardingPlan], NDArray[np.int64]]
 
 
 class Planner(Protocol):
@@ -65,33 +68,40 @@ class Choice:
     fits: bool = True
 
 
-def choose_plan(
-    planner: Planner,
-    replan: Replan,
-    old: tuple[ShardingPlan, nn.Module],
-    smaller: nn.Module,
-    sharders: list[ModuleSharder[Any]],
-    links: Links,
-    world_size: int,
-    steps_left: int | None,
-    chunk_bytes: int,
-) -> Choice:
+@dataclass(frozen=True)
+class PlanRequest:
+    """What is to be planned, and by what the plan is chosen.
+
+    Args:
+        old: the model before, as its blueprint.
+        smaller: the model after, not sharded, on meta.
+        sharders: of the model.
+        link_bytes: plan -> bytes from rank to rank, (W, W) int64.
+        world_size: number of ranks of the model's process group, W.
+        steps_left: training steps remaining; None is treated as unlimited.
+        chunk_bytes: bytes in transit on each rank.
+    """
+
+    old: PlannedModel
+    smaller: nn.Module
+    sharders: list[ModuleSharder[Any]]
+    link_bytes: LinkBytes
+    world_size: int
+    steps_left: int | None
+    chunk_bytes: int
+
+
+def choose_plan(planner: Planner, replan: Replan, request: PlanRequest) -> Choice:
     """Plans the smaller model.
 
     Args:
-        planner: of the user; not changed. Its constraints of tables that are gone are left out.
+        planner: the user's; not changed. Its constraints of tables that are gone are left out.
         replan: `planner` takes its plan, `sticky` leaves the tables that survive where they are,
             `auto` compares the two by TorchRec's estimates; with a planner that makes none, it
             takes the planner's plan. Where TorchRec's plan would bring a table from the fused to
             the dense optimizer or back, as data_parallel does, `auto` stays: the two may keep
             different states, or rates. `planner` takes such a plan as it is.
-        old: plan and blueprint of the model before.
-        smaller: not sharded, on meta.
-        sharders: of the model.
-        links: plan -> bytes from rank to rank, (W, W) int64.
-        world_size: number of ranks of the model's process group, W.
-        steps_left: of the training; None if unknown, which counts as many.
-        chunk_bytes: in transit on each rank.
+        request: what to plan.
 
     Raises:
         PlannerError: if the planner is asked and finds no plan, and `replan` is not `auto`.
@@ -100,66 +110,86 @@ def choose_plan(
             names a rank that is not there.
     """
     if not isinstance(planner, EmbeddingShardingPlanner):
-        stays = replan == "sticky"
-        plan = sticky_plan(old[0], smaller) if stays else planner.plan(smaller, sharders)
-        _check_plan(plan, smaller, world_size)
-        check_pooling(old, (plan, smaller))
+        if replan == "sticky":
+            plan = sticky_plan(request.old.plan, request.smaller)
+        else:
+            plan = planner.plan(request.smaller, request.sharders)
+        _check_plan(plan, request)
         return Choice(plan)
-    topology = planner._topology
-    if topology.world_size != world_size:
-        raise ValueError(
-            f"the planner's topology has {topology.world_size} ranks, and the model's process "
-            f"group has {world_size}: pass a planner whose topology has {world_size}"
-        )
-    narrowed = narrowed_planner(planner, old[1], smaller)
-    before = estimate_as(planner, old[0], old[1], sharders)
-
-    def choice(plan: ShardingPlan) -> Choice:
-        _check_plan(plan, smaller, world_size)
-        check_pooling(old, (plan, smaller))
-        after = estimate_as(narrowed, plan, smaller, sharders)
-        return Choice(
-            plan, before, after, fits=fits_side_by_side(before, after, topology, chunk_bytes)
-        )
-
+    plans = _Plans(planner, request)
     if replan == "planner":
-        return choice(narrowed.plan(smaller, sharders))
+        return plans.moving()
     if replan == "sticky":
-        return choice(sticky_plan(old[0], smaller))
-    staying, moving = (
-        _tried(lambda: choice(sticky_plan(old[0], smaller))),
-        _tried(lambda: choice(narrowed.plan(smaller, sharders))),
-    )
+        return plans.staying()
+    staying, moving = _tried(plans.staying), _tried(plans.moving)
     if isinstance(staying, Exception):
         if isinstance(moving, Exception):
             raise moving from staying
         return moving
-    if isinstance(moving, Exception):
-        planned_ms, planned_links = None, None
-    else:
-        assert moving.after is not None
-        planned_ms, planned_links = moving.after.step_ms, links(moving.plan)
-    assert staying.after is not None
-    comparison = compare(
-        staying.after.step_ms, links(staying.plan), planned_ms, planned_links, topology, steps_left
-    )
-    if isinstance(moving, Exception):
-        return dataclasses.replace(
-            staying, comparison=dataclasses.replace(comparison, reason=str(moving))
-        )
-    if comparison.decision == "planner":
-        crossing = _changing_optimizer(old[0], moving.plan)
-        if not crossing:
-            return dataclasses.replace(moving, comparison=comparison)
-        comparison = dataclasses.replace(
-            comparison,
-            decision="sticky",
-            reason=f"the planner's plan takes tables from one optimizer to another: {crossing}",
-        )
-    return dataclasses.replace(staying, comparison=comparison)
+    return plans.better(staying, moving)
 
 
-def _check_plan(plan: ShardingPlan, smaller: nn.Module, world_size: int) -> None:
+class _Plans:
+    """The plans that TorchRec's planner allows to compare.
+
+    Raises:
+        ValueError: if the planner is for another number of ranks.
+    """
+
+    def __init__(self, planner: EmbeddingShardingPlanner, request: PlanRequest) -> None:
+        self._request = request
+        self._topology = topology_of(planner)
+        if self._topology.world_size != request.world_size:
+            raise ValueError(
+                f"the planner's topology has {self._topology.world_size} ranks, and the model's "
+                f"process group has {request.world_size}: pass a planner whose topology has "
+                f"{request.world_size}"
+            )
+        old = request.old
+        self._planner = narrowed_planner(planner, old.model, request.smaller)
+        self._before = estimate_as(planner, old.plan, old.model, request.sharders)
+
+    def staying(self) -> Choice:
+        """The tables that survive stay where they are."""
+        return self._choice(sticky_plan(self._request.old.plan, self._request.smaller))
+
+    def moving(self) -> Choice:
+        """The planner's own plan."""
+        return self._choice(self._planner.plan(self._request.smaller, self._request.sharders))
+
+    def better(self, staying: Choice, moving: Choice | Exception) -> Choice:
+        """Whichever pays; or staying, if there is no other plan."""
+        planned = None if isinstance(moving, Exception) else self._cost(moving)
+        comparison = compare(self._cost(staying), planned, self._topology, self._request.steps_left)
+        if isinstance(moving, Exception):
+            comparison = replace(comparison, reason=str(moving))
+        elif comparison.decision == "planner":
+            crossing = _changing_optimizer(self._request.old.plan, moving.plan)
+            if not crossing:
+                return replace(moving, comparison=comparison)
+            reason = f"the planner's plan takes tables from one optimizer to another: {crossing}"
+            comparison = replace(comparison, decision="sticky", reason=reason)
+        return replace(staying, comparison=comparison)
+
+    def _choice(self, plan: ShardingPlan) -> Choice:
+        request = self._request
+        _check_plan(plan, request)
+        after = estimate_as(self._planner, plan, request.smaller, request.sharders)
+        fits = fits_side_by_side(self._before, after, self._topology, request.chunk_bytes)
+        return Choice(plan, self._before, after, fits=fits)
+
+    def _cost(self, choice: Choice) -> PlanCost:
+        assert choice.after is not None
+        return PlanCost(choice.after.step_ms, self._request.link_bytes(choice.plan))
+
+
+def _check_plan(plan: ShardingPlan, request: PlanRequest) -> None:
+    """Sees that the plan is for this model and these ranks, and pools as before."""
+    _check_complete(plan, request.smaller, request.world_size)
+    check_pooling(request.old, PlannedModel(plan, request.smaller))
+
+
+def _check_complete(plan: ShardingPlan, smaller: nn.Module, world_size: int) -> None:
     """A planner is the user's: its plan may lack tables, or be for other ranks."""
     lacking: dict[str, list[str]] = defaultdict(list)
     for fqn, table in features_by_collection(smaller):

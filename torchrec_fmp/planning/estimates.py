@@ -19,7 +19,13 @@ from torchrec.distributed.planner.types import Shard, ShardEstimator, ShardingOp
 from torchrec.distributed.planner.utils import build_sharder_data_map, sharder_name
 from torchrec.distributed.types import ParameterSharding, ShardingPlan, ShardingType
 
-from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
+from torchrec_fmp.embeddings.seams import (
+    batch_size_of,
+    constraints_of,
+    estimators_of,
+    topology_of,
+)
+from torchrec_fmp.planning.shardable import ShardableTable, Sharders, shardable_tables
 
 Constraints = Mapping[str, ParameterConstraints]
 Memory = Literal["hbm", "ddr"]
@@ -97,11 +103,11 @@ def estimate_as(
     return estimate(
         plan,
         model,
-        planner._topology,
+        topology_of(planner),
         sharders=sharders,
-        batch_size=planner._batch_size,
-        constraints=planner._constraints,
-        estimators=getattr(planner._enumerator, "_estimators", None),
+        batch_size=batch_size_of(planner),
+        constraints=constraints_of(planner),
+        estimators=estimators_of(planner),
     )
 
 

@@ -6,11 +6,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.types import ShardingPlan, ShardingType
+
+
+class PlannedModel(NamedTuple):
+    """An unsharded model, without gates, and a plan for it."""
+
+    plan: ShardingPlan
+    model: nn.Module
 
 
 @dataclass(frozen=True)

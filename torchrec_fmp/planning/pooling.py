@@ -23,6 +23,8 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from torchrec_fmp.planning.planner import PlannedModel
+
 _BY_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 
 
@@ -30,12 +32,12 @@ class PoolingChangedError(ValueError):
     """A plan that would change what the model computes."""
 
 
-def check_pooling(old: tuple[ShardingPlan, nn.Module], new: tuple[ShardingPlan, nn.Module]) -> None:
+def check_pooling(old: PlannedModel, new: PlannedModel) -> None:
     """Sees that every table that survives is pooled as before.
 
     Args:
-        old: plan and unsharded model before.
-        new: plan and unsharded model after.
+        old: before.
+        new: after.
 
     Raises:
         PoolingChangedError: otherwise; names the tables.

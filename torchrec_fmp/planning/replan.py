@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,10 @@ from torchrec.distributed.types import (
     ShardMetadata,
 )
 
+from torchrec_fmp.embeddings.collections import features_by_collection, features_by_table
+from torchrec_fmp.embeddings.seams import planner_copy
 from torchrec_fmp.planning.estimates import PlanEstimate, device_memory
-from torchrec_fmp.planning.tables import features_by_collection, features_by_table, unsharded
+from torchrec_fmp.planning.shardable import unsharded
 
 Replan = Literal["auto", "planner", "sticky"]
 Decision = Literal["planner", "sticky"]
@@ -72,23 +74,11 @@ def narrowed_planner(planner: _Planner, old_model: nn.Module, smaller_model: nn.
     if not isinstance(planner, EmbeddingShardingPlanner):
         return planner
     old, new = (features_by_collection(unsharded(model)) for model in (old_model, smaller_model))
-    # Of the old model, and needed by nothing: copying them would copy its tables.
-    memo: dict[int, Any] = {
-        id(getattr(holder, name)): None
-        for holder, name in (
-            (planner._enumerator, "_last_stored_module"),
-            (planner._enumerator, "_last_stored_sharders"),
-            (planner._enumerator, "_last_stored_search_space"),
-            (planner, "_best_plan"),
-            # A stored plan is of the old tables.
-            (planner, "plan_loader"),
-        )
-        if getattr(holder, name, None) is not None
-    }
-    # Enumerator and estimators usually hold the planner's own dictionary, but need not.
-    for constraints in _constraints_of(planner):
-        memo[id(constraints)] = narrowed_constraints(constraints, old, new)
-    return copy.deepcopy(planner, memo)
+
+    def narrowed(constraints: dict[str, ParameterConstraints]) -> dict[str, ParameterConstraints]:
+        return narrowed_constraints(constraints, old, new)
+
+    return cast(_Planner, planner_copy(planner, narrowed))
 
 
 def narrowed_constraints(
@@ -152,38 +142,46 @@ class Comparison:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class PlanCost:
+    """What a plan costs: once to get there, and then in each step.
+
+    Args:
+        step_ms: estimated.
+        link_bytes: (W, W) bytes from rank to rank, as `transfer_plan.link_bytes` gives them.
+    """
+
+    step_ms: float
+    link_bytes: NDArray[np.int64]
+
+
 def compare(
-    sticky_step_ms: float,
-    sticky_links: NDArray[np.int64],
-    planner_step_ms: float | None,
-    planner_links: NDArray[np.int64] | None,
+    sticky: PlanCost,
+    planner: PlanCost | None,
     topology: Topology,
     steps_left: int | None = None,
 ) -> Comparison:
     """Decides between staying and moving. Pure: every rank comes to the same.
 
     Args:
-        sticky_step_ms: estimated step if the surviving tables stay where they are.
-        sticky_links: (W, W) bytes from rank to rank then, as `link_bytes` gives them.
-        planner_step_ms: estimated step of the planner's plan; None if the planner found none.
-        planner_links: (W, W) bytes from rank to rank to get there; None with the step.
+        sticky: if the surviving tables stay where they are.
+        planner: with the planner's plan; None if it found none.
         topology: for the bandwidths within a host and between hosts.
-        steps_left: of the training; None if unknown.
+        steps_left: training steps remaining; None is treated as unlimited.
     """
-    sticky_move_ms = move_ms(sticky_links, topology)
-    planner_move_ms = planner_bytes = break_even_steps = None
+    sticky_move_ms = move_ms(sticky.link_bytes, topology)
+    planner_move_ms = break_even_steps = None
     decision: Decision = "sticky"
-    if planner_step_ms is None or planner_links is None:
+    if planner is None:
         reason = "the planner found no plan that fits"
     else:
-        planner_bytes = moved_bytes(planner_links)
-        planner_move_ms = move_ms(planner_links, topology)
-        gain_ms = sticky_step_ms - planner_step_ms
+        planner_move_ms = move_ms(planner.link_bytes, topology)
+        gain_ms = sticky.step_ms - planner.step_ms
         if gain_ms > 0:
             break_even_steps = max(0.0, planner_move_ms - sticky_move_ms) / gain_ms
-        if gain_ms <= _LEAST_GAIN * sticky_step_ms:
+        if break_even_steps is None or gain_ms <= _LEAST_GAIN * sticky.step_ms:
             reason = f"the planner's plan saves {gain_ms:.3g} ms a step, less than 1%"
-        elif steps_left is not None and steps_left <= break_even_steps:  # type: ignore[operator]
+        elif steps_left is not None and steps_left <= break_even_steps:
             reason = f"the move pays off after {break_even_steps:.0f} steps, {steps_left} are left"
         else:
             decision = "planner"
@@ -192,10 +190,10 @@ def compare(
                 f"after {break_even_steps:.0f} steps"
             )
     return Comparison(
-        sticky_step_ms=sticky_step_ms,
-        planner_step_ms=planner_step_ms,
-        sticky_bytes=moved_bytes(sticky_links),
-        planner_bytes=planner_bytes,
+        sticky_step_ms=sticky.step_ms,
+        planner_step_ms=planner.step_ms if planner else None,
+        sticky_bytes=moved_bytes(sticky.link_bytes),
+        planner_bytes=moved_bytes(planner.link_bytes) if planner else None,
         sticky_move_ms=sticky_move_ms,
         planner_move_ms=planner_move_ms,
         steps_left=steps_left,
@@ -250,14 +248,6 @@ def fits_side_by_side(
         if (needed > capacity).any():
             return False
     return True
-
-
-def _constraints_of(planner: EmbeddingShardingPlanner) -> Iterator[dict[str, ParameterConstraints]]:
-    enumerator = planner._enumerator
-    for holder in (planner, enumerator, *getattr(enumerator, "_estimators", ())):
-        constraints = getattr(holder, "_constraints", None)
-        if constraints is not None:
-            yield constraints
 
 
 def _narrowed(

@@ -16,15 +16,11 @@ from torchrec.distributed.planner.types import PlannerError
 from torchrec.distributed.types import ShardingPlan
 from tqdm import tqdm
 
-from torchrec_fmp.planning.estimates import (
-    PlanEstimate,
-    device_memory,
-    estimate_as,
-    sharding_of,
-)
-from torchrec_fmp.planning.replan import Comparison, compare, sticky_plan
-from torchrec_fmp.planning.tables import ShardableTable, Sharders, shardable_tables
-from torchrec_fmp.reshard.boxes import shards_of
+from torchrec_fmp.embeddings.boxes import shards_of
+from torchrec_fmp.embeddings.seams import topology_of
+from torchrec_fmp.planning.estimates import PlanEstimate, device_memory, estimate_as, sharding_of
+from torchrec_fmp.planning.replan import Comparison, PlanCost, compare, sticky_plan
+from torchrec_fmp.planning.shardable import ShardableTable, Sharders, shardable_tables
 from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes
 
 
@@ -108,7 +104,7 @@ def what_if(
     Raises:
         ValueError: if TorchRec's planner finds no plan for `model`.
     """
-    topology = planner._topology
+    topology = topology_of(planner)
     tables = shardable_tables(smaller_model, sharders)
     with tqdm(total=4, disable=None, leave=False) as progress:
         with _stage(progress, "planning the model"):
@@ -121,16 +117,17 @@ def what_if(
                 new_plan, new_seconds = None, None
         with _stage(progress, "what if tables stay"):
             sticky = sticky_plan(old_plan, smaller_model)
-            links = _links(old_plan, sticky, tables, topology)
+            sticky_links = _link_bytes(old_plan, sticky, tables, topology)
             staying = _figures(
                 estimate_as(smaller_planner, sticky, smaller_model, sharders), topology
             )
-        moving, new_links = None, None
+        moving, planned = None, None
         with _stage(progress, "what if tables move"):
             if new_plan is not None:
-                new_links = _links(old_plan, new_plan, tables, topology)
+                links = _link_bytes(old_plan, new_plan, tables, topology)
                 new = estimate_as(smaller_planner, new_plan, smaller_model, sharders)
-                moving = _figures(new, topology, new_seconds, new_links)
+                moving = _figures(new, topology, new_seconds, links)
+                planned = PlanCost(new.step_ms, links)
     return WhatIf(
         world_size=topology.world_size,
         memory=device_memory(topology),
@@ -139,14 +136,7 @@ def what_if(
         before=_figures(old, topology, seconds),
         sticky=staying,
         planner=moving,
-        comparison=compare(
-            staying.step_ms,
-            links,
-            moving.step_ms if moving else None,
-            new_links,
-            topology,
-            steps_left,
-        ),
+        comparison=compare(PlanCost(staying.step_ms, sticky_links), planned, topology, steps_left),
     )
 
 
@@ -161,7 +151,7 @@ def _planned(
     return plan, time.perf_counter() - start
 
 
-def _links(
+def _link_bytes(
     old: ShardingPlan, new: ShardingPlan, tables: Sequence[ShardableTable], topology: Topology
 ) -> NDArray[np.int64]:
     def moves() -> Iterator[TableMove]:

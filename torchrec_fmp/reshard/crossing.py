@@ -31,10 +31,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from torchrec_fmp.agreement import all_or_none
-from torchrec_fmp.reshard.dense_optimizer import Crossed, Place, places
+from torchrec_fmp.distributed.agreement import all_or_none
+from torchrec_fmp.embeddings.fqns import own_parameters
+from torchrec_fmp.embeddings.local_shards import LocalShard
+from torchrec_fmp.reshard.dense_optimizer import Crossed, ParamGroup, param_groups
 from torchrec_fmp.reshard.dense_state import DenseState, sample_state
-from torchrec_fmp.reshard.local_shards import LocalShard
 from torchrec_fmp.reshard.tables import Layout, Tables, from_one_rank_each
 from torchrec_fmp.surgery.cut_map import CutMap
 
@@ -62,8 +63,8 @@ def with_dense_states(
     with all_or_none("reading the dense optimizer's states", group, timeout):
         held = {
             parameter: state
-            for place in places(optimizer)
-            for parameter, state in place.optimizer.state.items()
+            for held_in in param_groups(optimizer)
+            for parameter, state in held_in.optimizer.state.items()
         }
         for fqn in current.dense:
             for i, shard in enumerate(current.local[fqn]):
@@ -123,7 +124,6 @@ def crossing(
     cut_map: CutMap,
     optimizer: Optimizer,
     model: DistributedModelParallel,
-    sources: Mapping[str, str],
 ) -> Crossing:
     """Pairs the dense optimizer's states with the fused ones', before anything moves.
 
@@ -136,15 +136,14 @@ def crossing(
         cut_map: gives each new table's source.
         optimizer: of the old model's dense parameters.
         model: the old one.
-        sources: fqn in the bare old model -> fqn in the old model.
 
     Raises:
         ValueError: if a table would get other states than it has, or the optimizer has no place for
             it.
     """
-    found = _Search(old, new, cut_map, optimizer, model, sources)
-    layouts = (dict(old.layouts), dict(new.layouts))
-    local = (dict(old.local), dict(new.local))
+    found = _Search(old, new, cut_map, optimizer, model)
+    old_layouts, new_layouts = dict(old.layouts), dict(new.layouts)
+    old_local, new_local = dict(old.local), dict(new.local)
     filled, states, groups, left = {}, {}, {}, set()
     for fqn in new.shards:
         source = cut_map.tensors[fqn].source
@@ -154,30 +153,30 @@ def crossing(
             continue
         if was_dense and is_dense and np.array_equal(old.shards[source], new.shards[fqn]):
             # Each rank keeps its own, of whatever shape, with the other dense parameters.
-            layouts[0][source] = replace(before, states={})
-            local[0][source] = [replace(shard, states={}) for shard in old.local[source]]
+            old_layouts[source] = replace(before, states={})
+            old_local[source] = [replace(shard, states={}) for shard in old.local[source]]
             continue
         if was_dense:
             _check_form(source, before, old.local[source])
         if is_dense:
             form = before.form
             if not was_dense:
-                place = found.destination(fqn)
-                form = sample_state(fqn, place, before.dtype, model.device)
-                _check_names(fqn, form, set(before.states), place)
-                groups[fqn], form = place.group, form.at(before.step)
+                destination = found.destination(fqn)
+                form = sample_state(fqn, destination, before.dtype, model.device)
+                _check_names(fqn, form, set(before.states), destination)
+                groups[fqn], form = destination.group, form.at(before.step)
             assert form is not None
             states[fqn], filled[fqn] = _new_states(form, new.local[fqn])
         else:
             found.check_leaving(fqn)
             left.add(fqn)
             filled[fqn] = new.local[fqn]
-            layouts[0][source] = replace(before, **_schedule(old))
-        layouts[1][fqn] = replace(after, states=before.states)
-        local[1][fqn] = [_in_form_of(before, shard) for shard in filled[fqn]]
+            old_layouts[source] = replace(before, **_schedule(old))
+        new_layouts[fqn] = replace(after, states=before.states)
+        new_local[fqn] = [_in_form_of(before, shard) for shard in filled[fqn]]
     return Crossing(
-        replace(old, layouts=layouts[0], local=local[0]),
-        replace(new, layouts=layouts[1], local=local[1]),
+        replace(old, layouts=old_layouts, local=old_local),
+        replace(new, layouts=new_layouts, local=new_local),
         filled,
         states,
         groups,
@@ -256,10 +255,10 @@ def _check_form(fqn: str, layout: Layout, shards: list[LocalShard]) -> None:
             )
 
 
-def _check_names(fqn: str, form: DenseState, fused: set[str], place: Place) -> None:
+def _check_names(fqn: str, form: DenseState, fused: set[str], held_in: ParamGroup) -> None:
     if form.names != fused or form.odd or form.others.keys() & form.names:
         raise ValueError(
-            f"{fqn} changes between dense and fused optimizer: {type(place.optimizer).__name__} "
+            f"{fqn} changes between dense and fused optimizer: {type(held_in.optimizer).__name__} "
             f"keeps the states {sorted(form.names)} of it, the fused optimizer {sorted(fused)}. "
             "Give both the same states, or leave the table where it is: with "
             'prune(..., replan="sticky"), or a planner whose ParameterConstraints (PlannerConfig) '
@@ -276,21 +275,20 @@ class _Search:
     cut_map: CutMap
     optimizer: Optimizer
     model: DistributedModelParallel
-    sources: Mapping[str, str]
 
     def check_leaving(self, fqn: str) -> None:
         """Sees whether the fused optimizer can take the states of a table."""
         source = self.cut_map.tensors[fqn].source
         fused = set(self.new.layouts[fqn].states)
         # A rank that does not hold the table has an empty parameter for it.
-        parameter = dict(self.model.named_parameters())[self.sources[source]]
-        for place in places(self.optimizer):
-            if any(held is parameter for held in place.group["params"]):
+        _, parameter = own_parameters(self.model)[source]
+        for held_in in param_groups(self.optimizer):
+            if any(held is parameter for held in held_in.group["params"]):
                 before = self.old.layouts[source]
                 form = before.form
                 if form is None or not form.names:  # As before the first step.
-                    form = sample_state(fqn, place, before.dtype, self.model.device)
-                _check_names(fqn, form, fused, place)
+                    form = sample_state(fqn, held_in, before.dtype, self.model.device)
+                _check_names(fqn, form, fused, held_in)
                 return
         if fused:
             raise ValueError(
@@ -299,21 +297,20 @@ class _Search:
                 "plan that leaves the table as it is"
             )
 
-    def destination(self, fqn: str) -> Place:
+    def destination(self, fqn: str) -> ParamGroup:
         """Where the dense optimizer takes a table that comes from the fused one."""
         survivors = {
-            self.sources[tensor_cut.source]
+            tensor_cut.source
             for tensor_cut in self.cut_map.tensors.values()
             if tensor_cut.source not in self.old.shards
         }
-        tables = {self.sources[table] for table in self.old.dense}
-        named = list(self.model.named_parameters())
-        found = list(places(self.optimizer))
-        for wanted in (tables, survivors):
-            parameters = {parameter for name, parameter in named if name in wanted}
-            for place in found:
-                if any(parameter in parameters for parameter in place.group["params"]):
-                    return place
+        named = own_parameters(self.model)
+        groups = list(param_groups(self.optimizer))
+        for wanted in (self.old.dense, survivors):
+            parameters = {parameter for own, (_, parameter) in named.items() if own in wanted}
+            for group in groups:
+                if any(parameter in parameters for parameter in group.group["params"]):
+                    return group
         raise ValueError(
             f"{fqn} comes to the dense optimizer, which has to train it, but no param group of the "
             "optimizer given holds tables or dense parameters: pass the dense optimizer, too (in a "

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from torchrec_fmp.embeddings.seams import add_backward_optimizer, backward_optimizers
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
 
 @torch.no_grad()
-def fill_dense(
-    model: nn.Module, old_tensors: Mapping[str, Tensor], cut_map: CutMap, sources: Mapping[str, str]
-) -> None:
+def fill_dense(model: nn.Module, old_tensors: Mapping[str, Tensor], cut_map: CutMap) -> None:
     """Replaces the meta parameters of the smaller model by the cut ones, except the tables'.
 
     Parameters that were one stay one. What `apply_optimizer_in_backward` set on a parameter is set
@@ -26,9 +23,8 @@ def fill_dense(
 
     Args:
         model: not yet sharded; changed in place.
-        old_tensors: parameters and buffers of the old model by its fqns; a table is not in it.
+        old_tensors: parameters and buffers of the old model by own fqn, without its tables.
         cut_map: of `model`.
-        sources: fqn in the bare old model -> fqn in the old model.
 
     Raises:
         ValueError: if a parameter that several layers share is cut for any of them, or if the state
@@ -36,13 +32,13 @@ def fill_dense(
     """
     made: dict[Tensor, tuple[nn.Parameter, TensorCut]] = {}
     for fqn, tensor_cut in cut_map.tensors.items():
-        old = old_tensors.get(sources[tensor_cut.source])
+        old = old_tensors.get(tensor_cut.source)
         if old is None:
             continue
         parent, _, name = fqn.rpartition(".")
         module = model.get_submodule(parent)
         value = tensor_cut.apply(old.detach())
-        if name in module._parameters:
+        if isinstance(getattr(module, name), nn.Parameter):
             if old not in made:
                 parameter = nn.Parameter(value, requires_grad=old.requires_grad)
                 _carry_optimizers_in_backward(old, parameter, tensor_cut)
@@ -53,9 +49,9 @@ def fill_dense(
                     f"{first.source} and {tensor_cut.source} share a parameter that is cut: "
                     "untie them before pruning"
                 )
-            module._parameters[name] = parameter
+            setattr(module, name, parameter)
         else:
-            module._buffers[name] = value
+            setattr(module, name, value)
 
 
 def check_state(name: str, value: Any, tensor_cut: TensorCut) -> None:
@@ -100,14 +96,8 @@ def cut_state(state: Mapping[str, Any], tensor_cut: TensorCut) -> dict[str, Any]
 
 def _carry_optimizers_in_backward(old: Tensor, new: nn.Parameter, tensor_cut: TensorCut) -> None:
     """Has the optimizers that run in a parameter's backward pass run in its successor's."""
-    before = cast(list[Optimizer], getattr(old, "_in_backward_optimizers", []))
-    for optimizer, settings in zip(before, getattr(old, "_optimizer_kwargs", []), strict=True):
-        # The hook is put on the graph of the parameter.
-        with torch.enable_grad():
-            _apply_optimizer_in_backward(
-                type(optimizer), [new], settings, register_hook=new.requires_grad
-            )
-        carried = cast(Any, new)._in_backward_optimizers[-1]
+    for optimizer, settings in backward_optimizers(old):
+        carried = add_backward_optimizer(new, type(optimizer), settings)
         ((group,), (carried_group,)) = optimizer.param_groups, carried.param_groups
         carried_group.update({name: value for name, value in group.items() if name != "params"})
         if old in optimizer.state:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,15 +21,22 @@ from torchrec.optim.keyed import (
 )
 from torchrec.optim.warmup import WarmupOptimizer
 
-from torchrec_fmp.gates.names import gated_fqn, wrapped_modules
+from torchrec_fmp.embeddings.fqns import own_parameters
+from torchrec_fmp.embeddings.seams import (
+    clips_sharded_parameters,
+    set_clipped_parameters,
+    set_combined_optimizers,
+    set_wrapped_optimizer,
+    warmup_parameter,
+    wrapped_optimizer,
+)
 from torchrec_fmp.reshard.dense import check_state, cut_state
 from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
-class Place(NamedTuple):
+class ParamGroup(NamedTuple):
     """A param group of a `torch.optim` optimizer, whatever wraps that."""
 
     optimizer: Optimizer
@@ -38,9 +45,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Crossed:
-    """Tables of the dense optimizer, before or after, that are placed anew. All by the fqn after.
-
-    That is the fqn in the bare new model.
+    """Tables of the dense optimizer, before or after, whose place changes; by own fqn after.
 
     Args:
         states: what the optimizer keeps of each table that it has now.
@@ -54,38 +59,33 @@ class Crossed:
 
 
 class _Arrival(NamedTuple):
-    """A table that comes from the fused optimizer."""
+    """A table that comes from the fused optimizer, with its own fqn and that in the model."""
 
+    own: str
     fqn: str
     parameter: nn.Parameter
     group: dict[str, Any]
 
 
-def places(optimizer: Optimizer) -> Iterator[Place]:
+def param_groups(optimizer: Optimizer) -> Iterator[ParamGroup]:
     """All param groups of an optimizer and of those that it wraps, but for fused ones."""
     if isinstance(optimizer, CombinedOptimizer):
         for _, part in optimizer.optimizers:
-            yield from places(part)
+            yield from param_groups(part)
     elif isinstance(optimizer, (OptimizerWrapper, KeyedOptimizerWrapper)):
-        yield from places(optimizer._optimizer)
+        yield from param_groups(wrapped_optimizer(optimizer))
     elif not isinstance(optimizer, FusedOptimizer):
         for group in optimizer.param_groups:
-            yield Place(optimizer, group)
+            yield ParamGroup(optimizer, group)
 
 
-def check_optimizer(
-    optimizer: Optimizer,
-    model: DistributedModelParallel,
-    cut_map: CutMap,
-    sources: Mapping[str, str],
-) -> None:
+def check_optimizer(optimizer: Optimizer, model: DistributedModelParallel, cut_map: CutMap) -> None:
     """Finds out whether `carry_optimizer` can carry an optimizer, before anything is built.
 
     Args:
         optimizer: of the old model.
         model: the old model.
         cut_map: of the smaller model.
-        sources: fqn in the bare old model -> fqn in the old model.
 
     Raises:
         ValueError: if the optimizer holds a parameter that the model does not have, or a state
@@ -97,13 +97,15 @@ def check_optimizer(
         return
     if isinstance(optimizer, CombinedOptimizer):
         for _, part in optimizer.optimizers:
-            check_optimizer(part, model, cut_map, sources)
+            check_optimizer(part, model, cut_map)
     elif isinstance(optimizer, OptimizerWrapper):
         _check_wrapper(optimizer)
-        check_optimizer(optimizer._optimizer, model, cut_map, sources)
+        check_optimizer(wrapped_optimizer(optimizer), model, cut_map)
     else:
-        cuts = {sources[tensor_cut.source]: tensor_cut for tensor_cut in cut_map.tensors.values()}
-        names = {parameter: fqn for fqn, parameter in model.named_parameters()}
+        cuts = {tensor_cut.source: tensor_cut for tensor_cut in cut_map.tensors.values()}
+        names: dict[Tensor, str] = {
+            parameter: own for own, (_, parameter) in own_parameters(model).items()
+        }
         _check_plain(optimizer, names, cuts)
 
 
@@ -112,7 +114,6 @@ def carry_optimizer(
     old: DistributedModelParallel,
     new: DistributedModelParallel,
     cut_map: CutMap,
-    sources: Mapping[str, str],
     crossed: Crossed | None = None,
 ) -> Callable[[], Optimizer]:
     """Prepares the optimizer of the new model: groups, hyperparameters, cut states, step counters.
@@ -120,40 +121,29 @@ def carry_optimizer(
     Takes every `torch.optim` optimizer, whose states are scalars or have the parameter's shape (a
     parameter that is not cut may have any), and TorchRec's `KeyedOptimizerWrapper`,
     `CombinedOptimizer`, `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters
-    that do not survive, such as gates, are left out. The keys of a `KeyedOptimizer` stay, but where
-    they end in the parameter's fqn, which is replaced by the new one. Gates of the new model are
-    left out, too.
+    that do not survive, such as gates, are left out. The keys of a `KeyedOptimizer` stay, except
+    where they end in the parameter's fqn, which is replaced by the new one. Gates of the new model
+    are left out, too.
 
     Args:
         optimizer: of the old model.
         old: the old model.
         new: the new model.
         cut_map: of the new model.
-        sources: fqn in the bare old model -> fqn in the old model.
-        crossed: tables that are placed anew; see `crossing.crossing`.
+        crossed: tables whose place changes; see `crossing.crossing`.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks
-        that refer to it go on working, and returns what to use from now on. Until it is called,
+        that refer to it continue to work, and returns what to use from now on. Until it is called,
         the optimizer is the old model's.
 
     Raises:
         ValueError: as `check_optimizer`.
         TypeError: as `check_optimizer`.
     """
-    check_optimizer(optimizer, old, cut_map, sources)
-    wrapped = wrapped_modules(new)
-    cuts = _renamed(cut_map.tensors, wrapped)
-    crossed = crossed or Crossed()
-    crossed = Crossed(
-        _renamed(crossed.states, wrapped),
-        _renamed(crossed.groups, wrapped),
-        frozenset(gated_fqn(fqn, wrapped) for fqn in crossed.left),
-    )
-    successors = _successors(old, new, cuts, sources, crossed)
-    parameters = dict(new.named_parameters())
-    arrivals = [_Arrival(fqn, parameters[fqn], group) for fqn, group in crossed.groups.items()]
-    prepared = _prepare(optimizer, (old, new), successors, arrivals, crossed.states)
+    check_optimizer(optimizer, old, cut_map)
+    carriage = _Carriage.of(old, new, cut_map, crossed or Crossed())
+    prepared = carriage.prepare(optimizer)
     groups_before = len(optimizer.param_groups) if isinstance(optimizer, CombinedOptimizer) else 0
 
     def commit() -> Optimizer:
@@ -161,7 +151,7 @@ def carry_optimizer(
         if groups_before and len(carried.param_groups) != groups_before:
             _logger.warning(
                 "the optimizer had %d param groups and has %d: a scheduler that keeps a list with "
-                "an entry for each, such as LambdaLR, must be made anew",
+                "an entry for each, such as LambdaLR, must be created again",
                 groups_before,
                 len(carried.param_groups),
             )
@@ -170,77 +160,83 @@ def carry_optimizer(
     return commit
 
 
-def _renamed(by_fqn: Mapping[str, _T], wrapped: Mapping[str, str]) -> dict[str, _T]:
-    """The same by the fqns of the new model, which may have gates."""
-    return {gated_fqn(fqn, wrapped): value for fqn, value in by_fqn.items()}
-
-
 class _Successor(NamedTuple):
-    """What becomes of a parameter, with its fqns."""
+    """What becomes of a parameter.
+
+    Args:
+        parameter: of the new model.
+        tensor_cut: what it is made of.
+        own: its own fqn in the new model.
+        old_fqn: of the old parameter, in the old model.
+        new_fqn: of the new one, in the new model; with gates' wrappers, as the old one's.
+    """
 
     parameter: nn.Parameter
     tensor_cut: TensorCut
+    own: str
     old_fqn: str
     new_fqn: str
 
 
-def _successors(
-    old: DistributedModelParallel,
-    new: DistributedModelParallel,
-    cuts: Mapping[str, TensorCut],
-    sources: Mapping[str, str],
-    crossed: Crossed,
-) -> dict[Tensor, _Successor]:
-    """Parameter of the old model -> its successor, but for tables that a fused optimizer has.
+@dataclass(frozen=True)
+class _Carriage:
+    """What is carried from one model's optimizers to the other's.
 
-    `cuts` and `crossed` are by the fqns of `new`.
+    Args:
+        old_fused: the old model's fused optimizer.
+        new_fused: the new model's.
+        successors: parameter of the old model -> its successor, except for tables of a fused
+            optimizer.
+        arrivals: tables that come from the fused optimizer.
+        states: own fqn of a table -> what the dense optimizer keeps of it.
     """
-    before = dict(old.named_parameters())
-    found = {}
-    for fqn, parameter in new.named_parameters():
-        tensor_cut = cuts.get(fqn)
-        if tensor_cut is None or fqn in crossed.groups or fqn in crossed.left:
-            continue
-        old_fqn = sources[tensor_cut.source]
-        # A rank that does not hold a sharded table has no parameter of it.
-        if old_fqn in before:
-            found[before[old_fqn]] = _Successor(parameter, tensor_cut, old_fqn, fqn)
-    return found
+
+    old_fused: Optimizer
+    new_fused: Optimizer
+    successors: Mapping[Tensor, _Successor]
+    arrivals: Sequence[_Arrival]
+    states: Mapping[str, dict[str, Any]]
+
+    @staticmethod
+    def of(
+        old: DistributedModelParallel,
+        new: DistributedModelParallel,
+        cut_map: CutMap,
+        crossed: Crossed,
+    ) -> _Carriage:
+        before, after = own_parameters(old), own_parameters(new)
+        successors: dict[Tensor, _Successor] = {}
+        for own, (new_fqn, parameter) in after.items():
+            tensor_cut = cut_map.tensors.get(own)
+            if tensor_cut is None or own in crossed.groups or own in crossed.left:
+                continue
+            # A rank that does not hold a sharded table has no parameter of it.
+            if tensor_cut.source in before:
+                old_fqn, source = before[tensor_cut.source]
+                successors[source] = _Successor(parameter, tensor_cut, own, old_fqn, new_fqn)
+        arrivals = [_Arrival(own, *after[own], group) for own, group in crossed.groups.items()]
+        return _Carriage(
+            old.fused_optimizer, new.fused_optimizer, successors, arrivals, crossed.states
+        )
+
+    def prepare(self, optimizer: Optimizer) -> Callable[[], Optimizer]:
+        """Does the work that can fail; what it returns changes the optimizer."""
+        if optimizer is self.old_fused:
+            return lambda: self.new_fused
+        if isinstance(optimizer, CombinedOptimizer):
+            commits = [(key, self.prepare(part)) for key, part in optimizer.optimizers]
+
+            def commit_parts() -> Optimizer:
+                set_combined_optimizers(optimizer, [(key, commit()) for key, commit in commits])
+                return optimizer
+
+            return commit_parts
+        if isinstance(optimizer, OptimizerWrapper):
+            return _prepare_wrapper(optimizer, self.prepare(wrapped_optimizer(optimizer)))
+        return _prepare_plain(optimizer, self)
 
 
-def _prepare(
-    optimizer: Optimizer,
-    models: tuple[DistributedModelParallel, DistributedModelParallel],
-    successors: Mapping[Tensor, _Successor],
-    arrivals: Sequence[_Arrival],
-    states: Mapping[str, dict[str, Any]],
-) -> Callable[[], Optimizer]:
-    old, new = models
-    if optimizer is old.fused_optimizer:
-        return lambda: new.fused_optimizer
-    if isinstance(optimizer, CombinedOptimizer):
-        commits = [
-            (key, _prepare(part, models, successors, arrivals, states))
-            for key, part in optimizer.optimizers
-        ]
-
-        def commit_parts() -> Optimizer:
-            optimizer._optims = [(key, commit()) for key, commit in commits]
-            return optimizer
-
-        return commit_parts
-    if isinstance(optimizer, OptimizerWrapper):
-        inner = _prepare(optimizer._optimizer, models, successors, arrivals, states)
-        return _prepare_wrapper(optimizer, inner)
-    return _prepare_plain(optimizer, successors, arrivals, states)
-
-
-def _prepare_plain(
-    optimizer: Optimizer,
-    successors: Mapping[Tensor, _Successor],
-    arrivals: Sequence[_Arrival],
-    table_states: Mapping[str, dict[str, Any]],
-) -> Callable[[], Optimizer]:
+def _prepare_plain(optimizer: Optimizer, carriage: _Carriage) -> Callable[[], Optimizer]:
     groups = []
     states: dict[Tensor, dict[str, Any]] = {}
     keys: dict[str, Tensor] = {}
@@ -250,24 +246,24 @@ def _prepare_plain(
     for group in optimizer.param_groups:
         kept = []
         for before in group["params"]:
-            if before not in successors:
+            successor = carriage.successors.get(before)
+            if successor is None:
                 continue
-            successor = successors[before]
             kept.append(successor.parameter)
             key = keys_before.get(before, successor.old_fqn)
             if key.endswith(successor.old_fqn):
                 key = key.removesuffix(successor.old_fqn) + successor.new_fqn
             keys[key] = successor.parameter
-            if successor.new_fqn in table_states:
-                states[successor.parameter] = table_states[successor.new_fqn]
+            if successor.own in carriage.states:
+                states[successor.parameter] = carriage.states[successor.own]
             elif before in optimizer.state:
                 state = cut_state(optimizer.state[before], successor.tensor_cut)
                 states[successor.parameter] = state
-        for arrival in arrivals:
+        for arrival in carriage.arrivals:
             if arrival.group is group:
                 kept.append(arrival.parameter)
                 keys[arrival.fqn] = arrival.parameter
-                states[arrival.parameter] = table_states[arrival.fqn]
+                states[arrival.parameter] = carriage.states[arrival.own]
         groups.append(kept)
 
     def commit() -> Optimizer:
@@ -288,15 +284,16 @@ def _prepare_wrapper(
     own_params, own_state = _own(optimizer)
 
     def commit() -> Optimizer:
-        optimizer._optimizer = inner()
-        optimizer.params = optimizer._optimizer.params
+        wrapped: Any = inner()
+        set_wrapped_optimizer(optimizer, wrapped)
+        optimizer.params = wrapped.params
         optimizer.params.update(own_params)
-        optimizer.state = optimizer._optimizer.state
+        optimizer.state = wrapped.state
         optimizer.state.update(own_state)
-        optimizer.param_groups = optimizer._optimizer.param_groups
+        optimizer.param_groups = wrapped.param_groups
         if isinstance(optimizer, GradientClippingOptimizer):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            optimizer._replicate_params = parameters
+            set_clipped_parameters(optimizer, parameters)
         return optimizer
 
     return commit
@@ -306,7 +303,7 @@ def _own(optimizer: OptimizerWrapper) -> tuple[dict[str, Tensor], dict[Tensor, d
     """What a warm-up keeps among the parameters and states of the optimizer that it wraps."""
     if not isinstance(optimizer, WarmupOptimizer):
         return {}, {}
-    own = optimizer._warmup_param
+    own = warmup_parameter(optimizer)
     params = {name: parameter for name, parameter in optimizer.params.items() if parameter is own}
     return params, {own: optimizer.state[own]} if own in optimizer.state else {}
 
@@ -317,7 +314,7 @@ def _check_wrapper(optimizer: OptimizerWrapper) -> None:
             f"{type(optimizer).__name__} may keep parameters that are replaced: pass the optimizer "
             "that it wraps, and wrap the returned one again"
         )
-    if isinstance(optimizer, GradientClippingOptimizer) and optimizer._sharded_params:
+    if isinstance(optimizer, GradientClippingOptimizer) and clips_sharded_parameters(optimizer):
         raise ValueError(
             "the GradientClippingOptimizer clips sharded parameters, which are replaced: pass the "
             "optimizer that it wraps, and wrap the returned one again"
@@ -327,7 +324,9 @@ def _check_wrapper(optimizer: OptimizerWrapper) -> None:
 def _check_plain(
     optimizer: Optimizer, names: Mapping[Tensor, str], cuts: Mapping[str, TensorCut]
 ) -> None:
-    plain = optimizer._optimizer if isinstance(optimizer, KeyedOptimizerWrapper) else optimizer
+    plain = optimizer
+    if isinstance(optimizer, KeyedOptimizerWrapper):
+        plain = wrapped_optimizer(optimizer)
     for attribute, value in vars(plain).items():
         if attribute in ("param_groups", "state") or isinstance(plain, KeyedOptimizer):
             continue

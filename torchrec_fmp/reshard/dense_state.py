@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrec_fmp.reshard.dense_optimizer import Place
+from torchrec_fmp.reshard.dense_optimizer import ParamGroup
 
 # Rows and columns of a parameter that shows which states an optimizer keeps.
 _SAMPLE = (2, 3)
@@ -96,17 +96,19 @@ class DenseState:
         return state
 
 
-def sample_state(fqn: str, place: Place, dtype: torch.dtype, device: torch.device) -> DenseState:
+def sample_state(
+    fqn: str, held_in: ParamGroup, dtype: torch.dtype, device: torch.device
+) -> DenseState:
     """What the optimizer keeps of a parameter in that group, tried out with a small one.
 
     Raises:
         ValueError: if the optimizer cannot be made from its group's settings.
     """
-    kind = type(place.optimizer)
+    kind = type(held_in.optimizer)
     parameter = nn.Parameter(torch.zeros(_SAMPLE, dtype=dtype, device=device))
     parameter.grad = torch.zeros_like(parameter)
     accepted = inspect.signature(kind).parameters.keys() - {"params"}
-    settings = {name: value for name, value in place.group.items() if name in accepted}
+    settings = {name: value for name, value in held_in.group.items() if name in accepted}
     try:
         optimizer = kind([parameter], **settings)
         optimizer.step()

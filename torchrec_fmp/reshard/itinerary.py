@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from torchrec_fmp.reshard.boxes import Box
+from torchrec_fmp.embeddings.boxes import Box
+from torchrec_fmp.embeddings.local_shards import LocalShard
 from torchrec_fmp.reshard.chunks import Part
-from torchrec_fmp.reshard.local_shards import LocalShard
 from torchrec_fmp.reshard.tables import Tables
 from torchrec_fmp.reshard.transfer_plan import plan_transfers
 
@@ -32,6 +32,27 @@ class Itinerary:
     incoming: dict[int, list[Part]] = field(default_factory=lambda: defaultdict(list))
 
 
+@dataclass(frozen=True)
+class _End:
+    """One table, at one end of its way.
+
+    Args:
+        shards: of all ranks, of dtype `SHARD`.
+        held: this rank's, by the part of the table that each is.
+    """
+
+    shards: NDArray[np.void]
+    held: Mapping[Box, LocalShard]
+
+    @staticmethod
+    def of(tables: Tables, fqn: str) -> _End:
+        return _End(tables.shards[fqn], {shard.box: shard for shard in tables.local[fqn]})
+
+    def parts(self, index: int, box: Box, share: float) -> list[Part]:
+        """Views of `box` in one of this rank's shards."""
+        return _parts(self.held[_box(self.shards[index])], box, share)
+
+
 def itinerary(old: Tables, new: Tables, moved: Iterable[tuple[str, str]], rank: int) -> Itinerary:
     """What this rank has to do to fill the new tables.
 
@@ -43,33 +64,22 @@ def itinerary(old: Tables, new: Tables, moved: Iterable[tuple[str, str]], rank: 
     """
     todo = Itinerary()
     for source, target in moved:
-        transfers = plan_transfers(old.shards[source], new.shards[target])
+        before, after = _End.of(old, source), _End.of(new, target)
+        transfers = plan_transfers(before.shards, after.shards)
         mine = (transfers["source_rank"] == rank) | (transfers["target_rank"] == rank)
-        held = {shard.box: shard for shard in old.local[source]}
-        wanted = {shard.box: shard for shard in new.local[target]}
         for transfer in transfers[mine]:
-            _add(todo, transfer, source, target, (old, held), (new, wanted), rank)
+            _add(todo, transfer, before, after, rank)
     return todo
 
 
-def _add(
-    todo: Itinerary,
-    transfer: np.void,
-    source: str,
-    target: str,
-    before: tuple[Tables, dict[Box, LocalShard]],
-    after: tuple[Tables, dict[Box, LocalShard]],
-    rank: int,
-) -> None:
-    box = Box(*(int(transfer[name]) for name in Box._fields))
-    old_shard = _box(before[0].shards[source][transfer["source"]])
-    new_shard = _box(after[0].shards[target][transfer["target"]])
-    share = box.columns / new_shard.columns
+def _add(todo: Itinerary, transfer: np.void, before: _End, after: _End, rank: int) -> None:
+    box = _box(transfer)
+    share = box.columns / _box(after.shards[transfer["target"]]).columns
     leaving = arriving = None
     if transfer["source_rank"] == rank:
-        leaving = _parts(before[1][old_shard], box, share)
+        leaving = before.parts(transfer["source"], box, share)
     if transfer["target_rank"] == rank:
-        arriving = _parts(after[1][new_shard], box, share)
+        arriving = after.parts(transfer["target"], box, share)
         for part in arriving:
             if part.share != 1 and part.view.dim() == 1:
                 part.view.zero_()

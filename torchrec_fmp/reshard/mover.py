@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchrec_fmp.agreement import Lease, PeerError
+from torchrec_fmp.distributed.agreement import Lease, PeerError
 from torchrec_fmp.reshard.chunks import Part, chunked, direct, message_bytes, pack, unpack
 from torchrec_fmp.reshard.itinerary import Itinerary
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from torchrec_fmp.agreement import Lease, all_or_none, watched
+from torchrec_fmp.distributed.agreement import Lease, all_or_none, watched
 from torchrec_fmp.reshard.itinerary import Itinerary, copy_local, itinerary
 from torchrec_fmp.reshard.mover import exchange
 from torchrec_fmp.reshard.tables import Tables

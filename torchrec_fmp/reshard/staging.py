@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from torchrec_fmp.reshard.local_shards import LocalShard
+from torchrec_fmp.embeddings.local_shards import LocalShard
 from torchrec_fmp.reshard.tables import Tables, storages
 
 

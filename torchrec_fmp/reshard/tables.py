@@ -19,21 +19,20 @@ from torchrec.distributed.types import (
 )
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_fmp.agreement import all_or_none
-from torchrec_fmp.gates.collections import table_configs, weight_name
-from torchrec_fmp.planning.tables import is_dense
-from torchrec_fmp.reshard.boxes import shards_of
-from torchrec_fmp.reshard.dense_state import DenseState
-from torchrec_fmp.reshard.local_shards import (
+from torchrec_fmp.distributed.agreement import all_or_none
+from torchrec_fmp.embeddings.boxes import is_dense, shards_of
+from torchrec_fmp.embeddings.collections import table_configs, weight_name
+from torchrec_fmp.embeddings.fqns import join_fqn
+from torchrec_fmp.embeddings.local_shards import (
     LocalShard,
     local_shards,
     sharded_collections,
     table_fqn,
-    tables_of,
 )
+from torchrec_fmp.embeddings.seams import sharded_table_configs
+from torchrec_fmp.reshard.dense_state import DenseState
 from torchrec_fmp.reshard.transfer_plan import TableMove
 from torchrec_fmp.surgery.cut_map import CutMap
-from torchrec_fmp.surgery.rules import join_fqn
 
 _T = TypeVar("_T")
 
@@ -75,7 +74,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables of a model, by the fqn of their weight in the bare model.
+    """The tables of a model, by the own fqn of their weight.
 
     Args:
         shards: all ranks' shards, (S,) of dtype `SHARD`.
@@ -127,7 +126,7 @@ def _stock(
     local: dict[str, list[LocalShard]] = defaultdict(list)
     dense = set()
     for fqn, collection in sharded_collections(model).items():
-        for config in tables_of(collection):
+        for config in sharded_table_configs(collection):
             name = table_fqn(fqn, collection, config.name)
             sharding = collection.module_sharding_plan[config.name]
             if is_dense(sharding):

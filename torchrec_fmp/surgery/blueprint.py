@@ -7,9 +7,8 @@ never had gates has one too.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,14 +20,23 @@ from torchrec.distributed.model_parallel import get_unwrapped_module
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.types import CacheMixin
 
-from torchrec_fmp.gates.collections import sequence_options, table_weight
-from torchrec_fmp.gates.gated import GatedCollection, GatedDense
-from torchrec_fmp.gates.names import gated_fqn, wrapped_modules
-from torchrec_fmp.gates.sharded import ShardedGatedCollection
-from torchrec_fmp.surgery.compiled import compilers
-from torchrec_fmp.surgery.meta import copy_fused_optimizer, meta_parameter
-
-_logger = logging.getLogger(__name__)
+from torchrec_fmp.embeddings.collections import table_weight
+from torchrec_fmp.embeddings.compiled import (
+    Compilers,
+    compilers,
+    uncompiled,
+    warn_of_compilation_in_place,
+)
+from torchrec_fmp.embeddings.fqns import own_fqn
+from torchrec_fmp.embeddings.meta import meta_parameter
+from torchrec_fmp.embeddings.seams import (
+    copy_fused_optimizer,
+    is_weighted,
+    sequence_options,
+    sharded_table_configs,
+)
+from torchrec_fmp.embeddings.wrappers import CollectionWrapper
+from torchrec_fmp.gates.gated import GatedDense
 
 
 @dataclass(frozen=True)
@@ -36,23 +44,23 @@ class Blueprint:
     """The model as its author wrote it, without weights.
 
     Args:
-        model: parameters on the meta device; buffers are copies.
-        dense_features: fqn of a module that reads gated dense columns -> the columns' names.
-        sources: fqn in `model` -> fqn in the sharded model, for every parameter and buffer.
+        model: parameters on the meta device; buffers are copies. Nothing wraps its modules, so its
+            fqns are the model's own.
+        dense_features: own fqn of a module that reads gated dense columns -> the columns' names.
+        compilers: what compiles which of the model's modules.
     """
 
     model: nn.Module
-    dense_features: Mapping[str, tuple[str, ...]]
-    sources: Mapping[str, str]
+    dense_features: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    compilers: Compilers = field(default_factory=dict)
 
 
 def blueprint(model: nn.Module) -> Blueprint:
     """Takes the blueprint of a model, sharded or not.
 
-    Modules that `torch.compile` wraps are wrapped here too, and have nothing compiled yet. Those
-    that were compiled in place, by `module.compile()`, are not compiled: torch does not keep how.
-    What modules have cached of earlier batches is left out, as TorchRec's `KTRegroupAsDict` caches
-    the order of the keys, which another plan changes.
+    Modules that were compiled in place, by `module.compile()`, are not compiled in the pruned
+    model: torch does not keep how. What modules have cached of earlier batches is left out, as
+    TorchRec's `KTRegroupAsDict` caches the order of the keys, which another plan changes.
 
     Raises:
         TypeError: for a sharded module other than an `EmbeddingBagCollection` or
@@ -65,24 +73,19 @@ def blueprint(model: nn.Module) -> Blueprint:
     memo |= {id(compiler): compiler for compiler in compilers(module)}
     dense_features = {}
     for fqn, child in module.named_modules(remove_duplicate=False):
-        if isinstance(child, (GatedCollection, ShardedGatedCollection)):
+        if isinstance(child, CollectionWrapper):
             memo[id(child)] = _unsharded(child.collection, fqn, memo)
         elif isinstance(child, GatedDense):
-            dense_features[fqn] = child.gates.features
-            memo[id(child)] = copy.deepcopy(child._module, memo)
+            dense_features[own_fqn(module, fqn)] = child.gates.features
+            memo[id(child)] = copy.deepcopy(child.wrapped, memo)
         elif isinstance(child, ShardedEmbeddingModule):
             _unsharded(child, fqn, memo)
-        if child._compiled_call_impl is not None:
-            _logger.warning(
-                "%s was compiled in place, and torch does not keep how: the pruned model's is not "
-                "compiled, call its compile() again",
-                fqn or "the model",
-            )
-    bare = copy.deepcopy(module, memo)
-    for child in bare.modules():
+        warn_of_compilation_in_place(child, fqn)
+    own, found = uncompiled(copy.deepcopy(module, memo))
+    for child in own.modules():
         if isinstance(child, CacheMixin):
             child.clear_cache()
-    return Blueprint(bare, dense_features, _sources(bare, wrapped_modules(module)))
+    return Blueprint(own, dense_features, found)
 
 
 def _unsharded(collection: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Module:
@@ -108,8 +111,8 @@ def _unsharded(collection: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Modu
 
 def _unsharded_bags(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagCollection:
     collection = EmbeddingBagCollection(
-        tables=copy.deepcopy(sharded._embedding_bag_configs),
-        is_weighted=sharded._is_weighted,
+        tables=copy.deepcopy(sharded_table_configs(sharded)),
+        is_weighted=is_weighted(sharded),
         device=torch.device("meta"),
     )
     for infos in sharded.sharding_type_to_sharding_infos.values():
@@ -120,7 +123,7 @@ def _unsharded_bags(sharded: ShardedEmbeddingBagCollection) -> EmbeddingBagColle
 
 def _unsharded_sequences(sharded: ShardedEmbeddingCollection, fqn: str) -> EmbeddingCollection:
     collection = EmbeddingCollection(
-        tables=copy.deepcopy(sharded._embedding_configs),
+        tables=copy.deepcopy(sharded_table_configs(sharded)),
         device=torch.device("meta"),
         **sequence_options(sharded),
     )
@@ -132,9 +135,3 @@ def _unsharded_sequences(sharded: ShardedEmbeddingCollection, fqn: str) -> Embed
     for table, weight in sharded.tables_before_sharding.items():
         copy_fused_optimizer(weight, table_weight(collection, table))
     return collection
-
-
-def _sources(bare: nn.Module, wrapped: Mapping[str, str]) -> dict[str, str]:
-    names = [name for name, _ in bare.named_parameters(remove_duplicate=False)]
-    names += [name for name, _ in bare.named_buffers(remove_duplicate=False)]
-    return {name: gated_fqn(name, wrapped) for name in names}

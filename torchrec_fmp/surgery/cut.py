@@ -4,36 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
-from torchrec_fmp.gates.collections import feature_names, table_configs
-from torchrec_fmp.policies.selection import Selection
-from torchrec_fmp.surgery import deepfm as deepfm  # these register their rules
-from torchrec_fmp.surgery import dlrm as dlrm
-from torchrec_fmp.surgery import mlp as mlp
+from torchrec_fmp.embeddings.collections import Collection, feature_names, table_configs
+from torchrec_fmp.embeddings.fqns import join_fqn
+from torchrec_fmp.embeddings.meta import meta_parameter
+from torchrec_fmp.selection.selection import Selection
 from torchrec_fmp.surgery.blueprint import Blueprint
-from torchrec_fmp.surgery.compiled import (
-    bare_fqn,
-    compiled,
-    compiled_fqn,
-    compilers,
-    uncompiled,
-)
 from torchrec_fmp.surgery.cut_map import CutMap
-from torchrec_fmp.surgery.dense import cut_dense
-from torchrec_fmp.surgery.meta import meta_parameter
-from torchrec_fmp.surgery.rules import Cutter, join_fqn, rule_for
-from torchrec_fmp.surgery.tables import cut_tables
-
-_COLLECTIONS = (EmbeddingBagCollection, EmbeddingCollection)
+from torchrec_fmp.surgery.cut_tables import cut_tables
+from torchrec_fmp.surgery.families import deepfm as deepfm  # these register their rules
+from torchrec_fmp.surgery.families import dlrm as dlrm
+from torchrec_fmp.surgery.linear import cut_dense
+from torchrec_fmp.surgery.rules import Cutter, rule_for
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The smaller model, with parameters on meta, and what it is made of."""
+    """The smaller model, with parameters on meta, and what it is made of; fqns are own ones."""
 
     model: nn.Module
     cut_map: CutMap
@@ -47,22 +37,17 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
         TypeError: if a module reads a dropped feature and has no rule.
     """
     memo = {id(p): meta_parameter(p) for p in blueprint.model.parameters()}
-    memo |= {id(compiler): compiler for compiler in compilers(blueprint.model)}
-    model, wrappers = uncompiled(copy.deepcopy(blueprint.model, memo))
+    model = copy.deepcopy(blueprint.model, memo)
     _check_features(model, blueprint, selection)
     cutter = Cutter(selection)
     for fqn, features in blueprint.dense_features.items():
-        cut_dense(model.get_submodule(bare_fqn(fqn)), bare_fqn(fqn), features, cutter)
+        cut_dense(model.get_submodule(fqn), fqn, features, cutter)
     _cut_module(model, "", cutter, {})
     # Buffers that are not saved, and extra state, are the blueprint's copies, or what a rule made.
     for fqn, tensor in model.state_dict(keep_vars=True).items():
         if fqn not in cutter.tensors and not fqn.endswith("_extra_state"):
             cutter.record(fqn, tensor)
-    tensors = {
-        compiled_fqn(fqn, wrappers): replace(made, source=compiled_fqn(made.source, wrappers))
-        for fqn, made in cutter.tensors.items()
-    }
-    return Cut(compiled(model, wrappers), CutMap(tensors))
+    return Cut(model, CutMap(cutter.tensors))
 
 
 def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.Module]) -> None:
@@ -73,7 +58,7 @@ def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.
         return
     for name, child in list(module.named_children()):
         child_fqn = join_fqn(fqn, name)
-        if not isinstance(child, _COLLECTIONS):
+        if not isinstance(child, Collection):
             _cut_module(child, child_fqn, cutter, done)
             continue
         features = feature_names(table_configs(child))
@@ -99,7 +84,7 @@ def _no_rule(module: nn.Module, fqn: str, problem: str) -> TypeError:
 def _check_features(model: nn.Module, blueprint: Blueprint, selection: Selection) -> None:
     known = {name for names in blueprint.dense_features.values() for name in names}
     for module in model.modules():
-        if isinstance(module, _COLLECTIONS):
+        if isinstance(module, Collection):
             known.update(feature_names(table_configs(module)))
     unknown = [name for name in selection.features if name not in known]
     if unknown:
@@ -118,7 +103,7 @@ def parameter_count(model: nn.Module) -> int:
 
 def _table_weights(model: nn.Module) -> Iterable[nn.Parameter]:
     for module in model.modules():
-        if isinstance(module, _COLLECTIONS):
+        if isinstance(module, Collection):
             yield from module.parameters()
 
 

@@ -48,7 +48,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from torchrec_fmp.policies.selection import Selection
+from torchrec_fmp.embeddings.fqns import join_fqn
+from torchrec_fmp.selection.selection import Selection
 from torchrec_fmp.surgery.cut_map import TensorCut
 
 M = TypeVar("M", bound=nn.Module)
@@ -83,11 +84,6 @@ def cut_rule(module_type: type[M]) -> Callable[[Rule[M]], Rule[M]]:
 def rule_for(module: nn.Module) -> Rule[nn.Module] | None:
     """The rule for exactly this module's type: a subclass may compute something else."""
     return _RULES.get(type(module))
-
-
-def join_fqn(prefix: str, name: str) -> str:
-    """Fqn of a child; the model itself has the fqn ''."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name
 
 
 def check_parts(model: nn.Module, fqn: str, parts: Mapping[str, type[nn.Module]]) -> None:

@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from torchrec_fmp.data.conversion import to_numbers
 from torchrec_fmp.data.raw.avazu import SITE_AND_DEVICE
+from torchrec_fmp.data.raw.conversion import to_numbers
 from torchrec_fmp.data.raw.criteo import criteo_table
 from torchrec_fmp.data.raw.delimited import CSV, DelimitedTable
 from torchrec_fmp.data.raw.movielens import MovieLensTable

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from torchrec_fmp import paths
-from torchrec_fmp.data.conversion import to_numbers
 from torchrec_fmp.data.errors import DataError
+from torchrec_fmp.data.raw.conversion import to_numbers
 from torchrec_fmp.data.raw.delimited import CSV, DelimitedTable, Dialect
 from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable
 

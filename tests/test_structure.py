@@ -1,0 +1,92 @@
+"""The package's structure: what may touch what. `make lint` checks the direction of imports."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchrec_fmp
+
+PACKAGE = Path(torchrec_fmp.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+LOOSE = {"__init__.py", "paths.py", "strict.py"}
+# Private names of other projects than TorchRec and FBGEMM, each in the one file that needs it.
+ELSEWHERE = {
+    "embeddings/compiled.py": {"_compiled_call_impl", "_modules", "_orig_mod"},  # torch
+    "paths.py": {"_path_handlers"},  # iopath
+    "reshard/itinerary.py": {"_fields"},  # of a NamedTuple, documented
+    "strict.py": {"_actions"},  # argparse
+}
+
+
+def names_of(tree: ast.AST) -> set[str]:
+    """Attributes, functions and classes that the package itself defines or sets."""
+    defined = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            defined.add(node.attr)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            defined.add(node.target.id)
+    return defined
+
+
+def private_names(tree: ast.AST) -> Iterator[str]:
+    """Private attributes that are read from or set on anything but `self` and `cls`."""
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+            and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+        ):
+            yield node.attr
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def seam_names() -> set[str]:
+    """Private names that the module of seams touches, by attribute or by string."""
+    tree = ast.parse((PACKAGE / "embeddings/seams.py").read_text())
+    return {
+        text for text in strings(tree) if text.startswith("_") and text.strip("_").isidentifier()
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_names_of_other_projects_are_touched_in_their_one_file(file: Path) -> None:
+    place = str(file.relative_to(PACKAGE))
+    if place == "embeddings/seams.py":
+        return
+    tree = ast.parse(file.read_text())
+    own = {name for other in FILES for name in names_of(ast.parse(other.read_text()))}
+    foreign = set(private_names(tree)) - (own - seam_names()) - ELSEWHERE.get(place, set())
+    assert not foreign
+    assert not set(strings(tree)) & seam_names()
+
+
+def test_nothing_but_paths_and_strict_configuration_is_loose_in_the_package() -> None:
+    assert {file.name for file in PACKAGE.glob("*.py")} == LOOSE
+
+
+def test_every_folder_says_in_one_line_what_it_is() -> None:
+    for folder in {file.parent for file in FILES}:
+        document = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert document, folder
+
+
+def test_a_file_has_one_noun_and_at_most_400_lines() -> None:
+    long = {str(file.relative_to(PACKAGE)): n for file in FILES if (n := lines_of(file)) > 400}
+    assert not long
+
+
+def lines_of(file: Path) -> int:
+    return len(file.read_text().splitlines())

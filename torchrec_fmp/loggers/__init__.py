@@ -1,0 +1,3 @@
+"""Where the figures of a running job go."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""`prune`: the transaction around surgery, planning and reshard."""
+
+from __future__ import annotations

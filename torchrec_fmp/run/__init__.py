@@ -1,0 +1,3 @@
+"""`torchrec-fmp run`: its configuration, its three phases, and what they leave behind."""
+
+from __future__ import annotations

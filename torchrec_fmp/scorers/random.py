@@ -1,0 +1,25 @@
+"""Features in random order: the floor under every scorer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from torchrec_fmp.scorers.features import features_of, scores_of
+from torchrec_fmp.scorers.pretraining import Pretraining
+from torchrec_fmp.scorers.scorer import Scorer
+from torchrec_fmp.selection.feature_scores import FeatureScores
+
+
+class RandomScorer(Scorer):
+    """A random order of the features: each run's seed gives one, the last has score 0.
+
+    The open model is trained first, as other scorers do, so that they compare at equal samples.
+    """
+
+    def score(self, pretraining: Pretraining) -> FeatureScores:
+        pretraining.train()
+        model = pretraining.job.model
+        random = np.random.default_rng(pretraining.seed)
+        order = random.permutation(len(features_of(model)))
+        return scores_of(model, torch.from_numpy(order).double())
