@@ -6,7 +6,6 @@ pytest's own process never initialises torch.distributed.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -20,6 +19,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from tests.support.processes import forked
 
 T = TypeVar("T")
 
@@ -118,7 +119,7 @@ class _Rank:
     """A process and the near end of the pipe to it."""
 
     def __init__(self, index: int, world_size: int, store: str, timeout_seconds: float) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forked()
         self.index = index
         self.connection, far_end = context.Pipe()
         self.process = context.Process(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -18,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support.processes import forked
+
 
 def run_separately(
     world_size: int, fn: Callable[..., Any], *args: object, seconds: float = 100.0
@@ -32,7 +33,7 @@ def run_separately(
     Raises:
         AssertionError: if a rank raises, or does not answer in time.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forked()
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
