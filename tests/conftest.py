@@ -1,4 +1,4 @@
-"""Process groups that the distributed tests share."""
+"""Process groups that the tests share."""
 
 from __future__ import annotations
 
@@ -33,4 +33,12 @@ def ranks_4() -> Iterator[ProcessGroup]:
 @pytest.fixture(params=[1, 2], ids=["1 rank", "2 ranks"])
 def ranks(request: pytest.FixtureRequest) -> ProcessGroup:
     """One rank, then two."""
-    return request.getfixturevalue(f"ranks_{request.param}")
+    group: ProcessGroup = request.getfixturevalue(f"ranks_{request.param}")
+    return group
+
+
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
+def run_ranks(request: pytest.FixtureRequest) -> ProcessGroup:
+    """Two ranks; for whole runs, which need seconds, one rank is tested in the second tier."""
+    group: ProcessGroup = request.getfixturevalue(f"ranks_{request.param}")
+    return group

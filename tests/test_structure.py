@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,18 @@ ELSEWHERE = {
 }
 
 
-def names_of(tree: ast.AST) -> set[str]:
+@lru_cache(maxsize=1)
+def own_names() -> frozenset[str]:
     """Attributes, functions and classes that the package itself defines or sets."""
     defined = set()
-    for node in ast.walk(tree):
+    for node in (node for file in FILES for node in ast.walk(ast.parse(file.read_text()))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             defined.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             defined.add(node.attr)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             defined.add(node.target.id)
-    return defined
+    return frozenset(defined)
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
@@ -53,6 +55,7 @@ def strings(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
+@lru_cache(maxsize=1)
 def seam_names() -> set[str]:
     """Private names that the module of seams touches, by attribute or by string."""
     tree = ast.parse((PACKAGE / "embeddings/seams.py").read_text())
@@ -67,8 +70,8 @@ def test_private_names_of_other_projects_are_touched_in_their_one_file(file: Pat
     if place == "embeddings/seams.py":
         return
     tree = ast.parse(file.read_text())
-    own = {name for other in FILES for name in names_of(ast.parse(other.read_text()))}
-    foreign = set(private_names(tree)) - (own - seam_names()) - ELSEWHERE.get(place, set())
+    ours = own_names() - seam_names() | ELSEWHERE.get(place, set())
+    foreign = set(private_names(tree)) - ours
     assert not foreign
     assert not set(strings(tree)) & seam_names()
 

@@ -120,6 +120,7 @@ def test_a_failing_worker_fails_the_launch(clone: Path) -> None:
     assert (clone / "rank0.json").exists()
 
 
+@pytest.mark.slow
 def test_the_demo_runs_on_two_ranks(tmp_path: Path) -> None:
     done = _torchx(
         ROOT, "-cfg", f"log_dir={tmp_path}/logs", "launch/components.py:fmp",

@@ -105,9 +105,9 @@ def check_pruned(group: ProcessGroup, architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_closed_gates_are_pruned_exactly_and_training_goes_on_alike_on_all_ranks(
-    ranks: ProcessGroup, architecture: Architecture
+    run_ranks: ProcessGroup, architecture: Architecture
 ) -> None:
-    check_pruned(ranks, architecture)
+    check_pruned(run_ranks, architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
@@ -132,10 +132,12 @@ def went_on(architecture: Architecture, prunes: bool) -> tuple[list[float], Tens
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
 def test_a_prune_of_nothing_changes_no_bit_of_the_steps_after_it(
-    ranks: ProcessGroup, architecture: Architecture
+    run_ranks: ProcessGroup, architecture: Architecture
 ) -> None:
     for (losses, state), (others, other_state) in zip(
-        ranks.run(went_on, architecture, True), ranks.run(went_on, architecture, False), strict=True
+        run_ranks.run(went_on, architecture, True),
+        run_ranks.run(went_on, architecture, False),
+        strict=True,
     ):
         assert losses == others
         assert state.keys() == other_state.keys()

@@ -91,7 +91,16 @@ def held(dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer) -> Hel
     return found
 
 
-@pytest.mark.parametrize("optimizer", [BY_ROW, EmbOptimType.EXACT_ADAGRAD], ids=lambda o: o.name)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(BY_ROW, id=BY_ROW.name),
+        # Its states lie as the weights do, so that they move by the same code.
+        pytest.param(
+            EmbOptimType.EXACT_ADAGRAD, id=EmbOptimType.EXACT_ADAGRAD.name, marks=pytest.mark.slow
+        ),
+    ],
+)
 @pytest.mark.parametrize("old", TYPES)
 def test_weights_and_states_are_bit_equal_or_merged_as_documented(
     ranks_4: ProcessGroup, old: str, optimizer: EmbOptimType

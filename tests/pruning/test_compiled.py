@@ -176,6 +176,7 @@ def test_wrapped_dense_parts_are_pruned_and_compiled_again(
         assert sorted(compiled.wrapped) == sorted(places)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_what_inductor_compiles_is_pruned_and_compiled_again(ranks_1: ProcessGroup) -> None:
     places = ("model.over_arch",)
@@ -187,6 +188,7 @@ def test_what_inductor_compiles_is_pruned_and_compiled_again(ranks_1: ProcessGro
     assert compiled.wrapped == [*places]
 
 
+@pytest.mark.slow
 def test_a_wrapped_dlrm_with_its_tables_is_pruned_and_compiled_again(ranks_1: ProcessGroup) -> None:
     ((plain,), (compiled,)) = (
         # Tracing TorchRec's lookups takes long: once for each model must do.

@@ -124,21 +124,23 @@ def config_with(directory: Path, ranks: ProcessGroup, **continuation: Any) -> st
 
 
 def test_rewound_tables_are_those_of_the_early_step_and_no_optimizer_remembers(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    ranks.run(check_rewound, config_with(tmp_path, ranks, start="rewound", rewind_steps=STEP))
+    run_ranks.run(
+        check_rewound, config_with(tmp_path, run_ranks, start="rewound", rewind_steps=STEP)
+    )
 
 
 def test_carried_tables_are_trained_ones_and_keep_their_states(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    assert (True, True) in ranks.run(carries, config_with(tmp_path, ranks))
+    assert (True, True) in run_ranks.run(carries, config_with(tmp_path, run_ranks))
 
 
 def test_a_reinitialized_model_is_a_fresh_one_of_the_features_that_stay(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    ranks.run(check_reinitialized, config_with(tmp_path, ranks, start="reinitialized"))
+    run_ranks.run(check_reinitialized, config_with(tmp_path, run_ranks, start="reinitialized"))
 
 
 class Rates(Pipeline):
@@ -178,10 +180,10 @@ def rates_of(config_path: str) -> tuple[list[float], list[float]]:
 
 
 def test_warm_up_starts_small_and_reaches_both_configured_rates(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     expected = [0.25, 0.5, 0.75] + [1.0] * 7
-    for dense, fused in ranks.run(rates_of, config_with(tmp_path, ranks, warmup_steps=3)):
+    for dense, fused in run_ranks.run(rates_of, config_with(tmp_path, run_ranks, warmup_steps=3)):
         assert dense == pytest.approx([5e-3 * share for share in expected])
         assert dense[-1] == 5e-3
         assert fused == pytest.approx([2e-2 * share for share in expected])

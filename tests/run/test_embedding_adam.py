@@ -102,9 +102,9 @@ def check_against_torch(config_path: str) -> None:
 
 
 def test_three_steps_move_the_tables_as_torch_adam_moves_them_unsharded(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    ranks.run(check_against_torch, config_with(tmp_path))
+    run_ranks.run(check_against_torch, config_with(tmp_path))
 
 
 def states_after_prune(config_path: str) -> tuple[set[str], list[tuple[float, bool, float]]]:
@@ -125,10 +125,10 @@ def states_after_prune(config_path: str) -> tuple[set[str], list[tuple[float, bo
 
 
 def test_the_prune_carries_step_and_moments_of_the_tables(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    config = config_with(tmp_path, pretrain__batch_size=32 // ranks.world_size)
-    results = ranks.run(states_after_prune, config)
+    config = config_with(tmp_path, pretrain__batch_size=32 // run_ranks.world_size)
+    results = run_ranks.run(states_after_prune, config)
     assert all(kernels == {"dense"} for kernels, _ in results)
     tables = [table for _, found in results for table in found]
     assert tables and all(table == (5000 // 32, True, TABLES_RATE) for table in tables)
@@ -144,10 +144,10 @@ def test_the_prune_carries_step_and_moments_of_the_tables(
     ids=["carried", "rewound", "reinitialized"],
 )
 def test_a_whole_run_learns_and_every_rank_decides_alike(
-    ranks: ProcessGroup, tmp_path: Path, settings: dict[str, Any]
+    run_ranks: ProcessGroup, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    config = config_with(tmp_path, pretrain__batch_size=32 // ranks.world_size, **settings)
-    outcomes = ranks.run(run, config)
+    config = config_with(tmp_path, pretrain__batch_size=32 // run_ranks.world_size, **settings)
+    outcomes = run_ranks.run(run, config)
     assert len({digest for _, digest in outcomes}) == 1
     for result, _ in outcomes:
         assert result["metrics"] == outcomes[0][0]["metrics"]
@@ -175,10 +175,10 @@ def refused(config_path: str) -> str:
 
 
 def test_a_sharded_table_on_cpu_is_refused_on_all_ranks_and_the_error_says_what_to_set(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     config = config_with(tmp_path, planner__tables={"t_main_1": ["row_wise"]})
-    for message in ranks.run(refused, config):
+    for message in run_ranks.run(refused, config):
         assert "the plan shards t_main_1, but FBGEMM has no fused Adam on CPU" in message
         assert "planner.sharding_types to [data_parallel]" in message
 

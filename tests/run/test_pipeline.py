@@ -49,16 +49,16 @@ def run(config_path: str) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("sharding_type", ["table_wise", "row_wise"])
 def test_the_planted_signal_stays_and_every_rank_decides_alike(
-    ranks: ProcessGroup, tmp_path: Path, sharding_type: str
+    run_ranks: ProcessGroup, tmp_path: Path, sharding_type: str
 ) -> None:
     # Half a batch on each of two ranks is the same step.
-    half = {"pretrain__batch_size": 32 // ranks.world_size}
+    half = {"pretrain__batch_size": 32 // run_ranks.world_size}
     config = tiny(planner__sharding_types=[sharding_type], **half)
-    outcomes = ranks.run(run, write_config(tmp_path, config))
+    outcomes = run_ranks.run(run, write_config(tmp_path, config))
     assert len({digest for _, digest in outcomes}) == 1
     for result, _ in outcomes:
         assert result["kept"] == list(result["planted"]["signal"])
-        assert result["world_size"] == ranks.world_size
+        assert result["world_size"] == run_ranks.world_size
         # Relative to the largest logit it is within 1e-6, or the prune had been refused.
         assert result["parity_max_abs"] <= 1e-5
         assert result["metrics"] == outcomes[0][0]["metrics"]
@@ -85,10 +85,10 @@ def test_a_budget_of_a_models_costs_is_kept_and_every_rank_decides_alike(
 
 
 def test_pretraining_takes_the_number_of_samples_asked_for_over_all_ranks(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    config = tiny(pretrain__samples=2100, pretrain__batch_size=32 // ranks.world_size)
-    for result, _ in ranks.run(run, write_config(tmp_path, config)):
+    config = tiny(pretrain__samples=2100, pretrain__batch_size=32 // run_ranks.world_size)
+    for result, _ in run_ranks.run(run, write_config(tmp_path, config)):
         assert result["samples"]["pretrain"] == 2100 // 32 * 32
 
 
@@ -182,6 +182,7 @@ def test_torchrun_runs_model_parallel_and_says_so_once(tmp_path: Path) -> None:
     assert done.stdout.count("features   ") == 1
 
 
+@pytest.mark.slow
 def test_evaluating_seeds_on_two_ranks_compares_every_test_row_once(tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny(data__init_args__test_rows=301))
     done = torchrun(config, tmp_path / "out", "evaluate", "--seeds", "2")

@@ -57,16 +57,16 @@ def read(config_path: str, trained_rows: int) -> tuple[list[int], list[int], lis
 @pytest.mark.parametrize("subset", ["Prefix", "Random", "Stratified", "RecentResampling"])
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_row_is_trained_on_in_pretraining_or_later_and_never_twice(
-    ranks: ProcessGroup, tmp_path: Path, subset: str, shuffle: bool
+    run_ranks: ProcessGroup, tmp_path: Path, subset: str, shuffle: bool
 ) -> None:
     config = write_numbered(
         tmp_path, pretrain__subset={"class_path": subset}, train__shuffle=shuffle
     )
-    outcomes = ranks.run(read, config, 0)
+    outcomes = run_ranks.run(read, config, 0)
     chosen, validation, continued = (
         [number for outcome in outcomes for number in outcome[part]] for part in range(3)
     )
-    world_size = ranks.world_size
+    world_size = run_ranks.world_size
     assert len(chosen) == 300 // (8 * world_size) * 8 * world_size
     assert len(set(chosen)) == len(chosen)
     # With nothing trained in pretraining, all of it is left over, and all rows are to come.
@@ -81,10 +81,10 @@ def test_a_row_is_trained_on_in_pretraining_or_later_and_never_twice(
 
 
 def test_rows_that_a_scorer_did_not_train_on_come_first_later(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     config = write_numbered(tmp_path)
-    for chosen, _, continued in ranks.run(read, config, 16):
+    for chosen, _, continued in run_ranks.run(read, config, 16):
         assert continued[: len(chosen) - 16] == chosen[16:]
         assert not set(chosen[:16]) & set(continued)
 

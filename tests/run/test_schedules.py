@@ -88,12 +88,12 @@ def figures(config_path: str, directory: str) -> tuple[Any, ...]:
 
 
 def test_a_run_prunes_in_several_steps_down_to_what_the_policy_says(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    config = config_with(tmp_path, ranks, 3)
+    config = config_with(tmp_path, run_ranks, 3)
     out = tmp_path / "out"
     out.mkdir()
-    outcomes = ranks.run(figures, config, str(out))
+    outcomes = run_ranks.run(figures, config, str(out))
     assert len({digest for _, digest, *_ in outcomes}) == 1
     result, _, gated, spans, parities = outcomes[0]
     names = ["selection-1.json", "selection-2.json", "selection.json"]
@@ -129,7 +129,7 @@ def test_a_run_prunes_in_several_steps_down_to_what_the_policy_says(
         "after": manifests[2]["table_bytes"]["after"],
     }
     # A third of the 156 batches of 32 for each, the others are trained on later.
-    rows = 32 // ranks.world_size * 52
+    rows = 32 // run_ranks.world_size * 52
     assert spans[:3] == [(0, rows), (rows, 2 * rows), (2 * rows, 3 * rows)]
     assert spans[3][0] == 3 * rows
     assert result["samples"]["pretrain"] == 156 * 32
@@ -188,10 +188,10 @@ def target(unit: str) -> dict[str, Any]:
 
 
 def test_the_target_of_each_prune_is_a_share_of_all_features(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    path = config_with(tmp_path, ranks, 2, scorer__init_args__penalty=target("features"))
-    for found, left, kept in ranks.run(targets, path):
+    path = config_with(tmp_path, run_ranks, 2, scorer__init_args__penalty=target("features"))
+    for found, left, kept in run_ranks.run(targets, path):
         assert found == pytest.approx([0.5**0.5, 0.5])
         assert left == pytest.approx([1.0, 6 / 9])
         assert kept == [6, 4]
@@ -216,15 +216,15 @@ def prunes_twice_and_learns(config_path: str) -> bool:
 
 
 def test_tables_that_the_dense_optimizer_trains_are_pruned_in_several_steps(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     settings = {
         "train__embedding_optimizer": "adam",
         "train__embedding_learning_rate": 5e-3,
         "planner__sharding_types": ["data_parallel"],
     }
-    path = config_with(tmp_path, ranks, 2, **settings)
-    assert all(ranks.run(prunes_twice_and_learns, path))
+    path = config_with(tmp_path, run_ranks, 2, **settings)
+    assert all(run_ranks.run(prunes_twice_and_learns, path))
 
 
 def test_training_may_go_on_from_new_weights_after_the_last_prune(

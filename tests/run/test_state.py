@@ -23,7 +23,7 @@ def finished(config_path: str) -> RunState:
 
 
 def test_the_state_of_a_finished_run_survives_json_and_says_what_the_run_measured(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     half = {"keep": 0.5, "unit": "bytes"}
     config = write_config(
@@ -35,7 +35,7 @@ def test_the_state_of_a_finished_run_survives_json_and_says_what_the_run_measure
             scorer__init_args__penalty={"class_path": "TargetPenalty", "init_args": half},
         ),
     )
-    states = ranks.run(finished, config)
+    states = run_ranks.run(finished, config)
     # Rank 0 decides for all.
     assert states[0].table_costs
     for state in states:

@@ -52,10 +52,10 @@ def score(config_path: str, scorer: Scorer) -> tuple[Mapping[str, float], dict[s
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=name)
 def test_a_learned_mask_ranks_the_signal_above_the_noise_alike_on_all_ranks_and_goes(
-    ranks: ProcessGroup, tmp_path: Path, scorer: Scorer
+    run_ranks: ProcessGroup, tmp_path: Path, scorer: Scorer
 ) -> None:
-    path = write_config(tmp_path, tiny(pretrain__batch_size=32 // ranks.world_size))
-    outcomes = ranks.run(score, path, scorer)
+    path = write_config(tmp_path, tiny(pretrain__batch_size=32 // run_ranks.world_size))
+    outcomes = run_ranks.run(score, path, scorer)
     for scores, left in outcomes:
         assert scores == outcomes[0][0]
         assert left == {"random": True, "hooks": [], "gates": {1.0}, "trained": True}

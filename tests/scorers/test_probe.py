@@ -55,17 +55,17 @@ def check_gates_of_sequences() -> list[tuple[str, ...]]:
 
 
 def test_scaling_pooled_embeddings_and_dense_columns_equals_gates_of_those_values(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, tiny(data__init_args__multi_valued=1))
     dense = ("dense_0", "dense_noise_0")
     sparse = ("main_0", "main_1", "noise_0", "noise_1", "noise_2", "multi_0")
-    for blocks in ranks.run(check_gates_of_dlrm, path):
+    for blocks in run_ranks.run(check_gates_of_dlrm, path):
         assert blocks == [dense, sparse] * 2
 
 
-def test_scaling_sequences_equals_gates_of_those_values(ranks: ProcessGroup) -> None:
-    for blocks in ranks.run(check_gates_of_sequences):
+def test_scaling_sequences_equals_gates_of_those_values(run_ranks: ProcessGroup) -> None:
+    for blocks in run_ranks.run(check_gates_of_sequences):
         assert sorted(blocks) == sorted([("r",), ("s",), ("s",), ("u",), ("s", "v")] * 2)
 
 
@@ -88,5 +88,7 @@ def check_observed(config_path: str) -> None:
     pretraining.train(3)
 
 
-def test_observing_gradients_leaves_the_tables_at_rest(ranks: ProcessGroup, tmp_path: Path) -> None:
-    ranks.run(check_observed, write_config(tmp_path, tiny()))
+def test_observing_gradients_leaves_the_tables_at_rest(
+    run_ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    run_ranks.run(check_observed, write_config(tmp_path, tiny()))

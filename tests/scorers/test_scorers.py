@@ -78,13 +78,13 @@ def assert_ranked(scores: Mapping[str, float]) -> None:
 
 @pytest.mark.parametrize("scorer", OF_MODEL + OF_ROWS + FLOORS, ids=name)
 def test_a_scorer_that_learns_no_gates_finds_the_signal_and_leaves_the_model_as_trained(
-    ranks: ProcessGroup, tmp_path: Path, scorer: Scorer, trained: dict[int, list[torch.Tensor]]
+    run_ranks: ProcessGroup, tmp_path: Path, scorer: Scorer, trained: dict[int, list[torch.Tensor]]
 ) -> None:
-    path = write_config(tmp_path, tiny(pretrain__batch_size=32 // ranks.world_size))
-    if ranks.world_size not in trained:
-        trained[ranks.world_size] = ranks.run(train, path)
-    outcomes = ranks.run(score, path, scorer)
-    for (scores, left), logits in zip(outcomes, trained[ranks.world_size], strict=True):
+    path = write_config(tmp_path, tiny(pretrain__batch_size=32 // run_ranks.world_size))
+    if run_ranks.world_size not in trained:
+        trained[run_ranks.world_size] = run_ranks.run(train, path)
+    outcomes = run_ranks.run(score, path, scorer)
+    for (scores, left), logits in zip(outcomes, trained[run_ranks.world_size], strict=True):
         if scorer not in FLOORS:
             assert_ranked(scores)
         assert scores == outcomes[0][0]
@@ -116,8 +116,8 @@ def test_large_tables_come_first_and_dense_columns_last(
 
 
 @pytest.mark.parametrize("scorer", OF_MODEL, ids=name)
-def test_features_of_sequences_are_scored(ranks: ProcessGroup, scorer: Scorer) -> None:
-    outcomes = ranks.run(score_sequences, scorer)
+def test_features_of_sequences_are_scored(run_ranks: ProcessGroup, scorer: Scorer) -> None:
+    outcomes = run_ranks.run(score_sequences, scorer)
     assert sorted(outcomes[0]) == ["r", "s", "u", "v"]
     assert all(outcome == outcomes[0] for outcome in outcomes)
     assert all(score != 0 for score in outcomes[0].values())

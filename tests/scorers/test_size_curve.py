@@ -45,8 +45,10 @@ def curve(config_path: str) -> Mapping[int, Sequence[float]]:
     return losses
 
 
-def test_ranks_agree_on_the_curve_and_signal_lowers_it(ranks: ProcessGroup, tmp_path: Path) -> None:
-    of_ranks = ranks.run(curve, write_config(tmp_path, tiny()))
+def test_ranks_agree_on_the_curve_and_signal_lowers_it(
+    run_ranks: ProcessGroup, tmp_path: Path
+) -> None:
+    of_ranks = run_ranks.run(curve, write_config(tmp_path, tiny()))
     losses = of_ranks[0]
     assert all(other == losses for other in of_ranks)
     means = {size: sum(values) / len(values) for size, values in losses.items()}

@@ -80,9 +80,9 @@ def halves(config_path: str) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def test_each_half_learns_from_its_own_steps_alone_at_twice_the_rate(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    of_ranks = ranks.run(halves, write_config(tmp_path, tiny()))
+    of_ranks = run_ranks.run(halves, write_config(tmp_path, tiny()))
     for found, by_hand in of_ranks:
         for log_alpha, expected in zip(found, by_hand, strict=True):
             assert torch.allclose(log_alpha, expected, atol=1e-6)
@@ -100,9 +100,9 @@ def run(config_path: str) -> tuple[Selection, dict[str, int]]:
 
 
 def test_a_clear_decision_ends_pretraining_early_and_the_rows_left_are_trained_on(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    of_ranks = ranks.run(run, write_config(tmp_path, stopping(checks=40, patience=3)))
+    of_ranks = run_ranks.run(run, write_config(tmp_path, stopping(checks=40, patience=3)))
     selection, samples = of_ranks[0]
     assert all(other == (selection, samples) for other in of_ranks)
     assert selection.dropped == NOISE
@@ -116,12 +116,12 @@ def test_a_clear_decision_ends_pretraining_early_and_the_rows_left_are_trained_o
 
 
 def test_each_of_several_prunes_may_end_early_by_a_budget(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     budget = {"class_path": "TopBudget", "init_args": {"keep": 0.5, "unit": "hbm"}}
     gradual = {"class_path": "Gradual", "init_args": {"prunes": 2}}
     config = stopping(patience=2) | {"policy": budget, "schedule": gradual}
-    of_ranks = ranks.run(run, write_config(tmp_path, config))
+    of_ranks = run_ranks.run(run, write_config(tmp_path, config))
     selection, samples = of_ranks[0]
     assert all(other == (selection, samples) for other in of_ranks)
     assert all(decision.confidence is not None for decision in selection.features.values())
@@ -190,9 +190,9 @@ def undecided(config_path: str) -> tuple[FeatureScores, int, int, Sequence[str]]
 
 
 def test_without_a_stable_decision_all_rows_are_used_and_the_undecided_feature_is_named(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
-    of_ranks = ranks.run(undecided, write_config(tmp_path, tiny()))
+    of_ranks = run_ranks.run(undecided, write_config(tmp_path, tiny()))
     for scores, trained_rows, rows, lines in of_ranks:
         assert trained_rows == rows
         assert scores.confidence["main_0"] < 1
@@ -271,13 +271,13 @@ def counted(config_path: str) -> dict[str, list[int]]:
 
 
 def test_each_row_is_trained_on_once_before_the_end_of_pretraining_or_after(
-    ranks: ProcessGroup, tmp_path: Path
+    run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     # The only feature stays, whatever its gate: it is decided from the first check on.
     stop = {"checks": 20, "patience": 4}
     config = write_numbered(tmp_path, scorer__init_args__stop=stop)
-    of_ranks = ranks.run(counted, config)
-    world_size = ranks.world_size
+    of_ranks = run_ranks.run(counted, config)
+    world_size = run_ranks.world_size
     steps = 300 // (8 * world_size)
     ended = int(0.3 * steps) + int(0.1 * steps) + 4
     for rows in of_ranks:
