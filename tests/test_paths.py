@@ -154,7 +154,7 @@ def test_make_directories_twice_is_fine_but_a_file_in_the_way_is_an_error(tmp_pa
     paths.make_directories(str(tmp_path / "a" / "b"))
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match="'.*file' is to be a directory"):
+    with pytest.raises(FileExistsError, match="'.*file' is a file; it must be a directory"):
         paths.make_directories(str(tmp_path / "file"))
 
 

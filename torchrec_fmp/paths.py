@@ -1,4 +1,4 @@
-"""Every path that a user gives: local, http(s), or any scheme registered on `manager`."""
+"""Opens user-supplied paths: local, http(s), or any scheme registered on `manager`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 class _HttpHandler(HTTPURLHandler):
     """Read-only http(s); a file is downloaded once and kept in iopath's cache directory.
 
-    iopath's own handler names a cached file by the URL's path alone, so the same path on two hosts
-    would silently be one file, and it cannot tell whether a URL exists.
+    iopath's own handler names cached files by URL path alone, so the same path on two hosts would
+    silently share one file. It also cannot tell whether a URL exists.
     """
 
     def _get_supported_prefixes(self) -> list[str]:
@@ -85,7 +85,7 @@ def open_path(path: str, mode: str = "r") -> IO[Any]:
 
     Raises:
         ValueError: if the path's scheme has no handler, or the scheme does not support the mode.
-        OSError: as the built-in `open`.
+        OSError: as raised by the built-in `open`.
     """
     if _is_local(path):
         return manager.open(path, mode, encoding=_encoding(mode))
@@ -112,14 +112,14 @@ def exists(path: str) -> bool:
 
 
 def list_files(path: str, suffix: str | None = None) -> list[str]:
-    """The directory's files in sorted order, or `[path]` when it is a file.
+    """The files of a directory in sorted order, or `[path]` if `path` is a file.
 
-    Names that start with "." or "_" are metadata by Hadoop's and Arrow's convention and are left
-    out. Subdirectories are not entered.
+    Names that start with "." or "_" are skipped: they are metadata by Hadoop's and Arrow's
+    convention. Subdirectories are not searched.
 
     Args:
         path: a file or a directory.
-        suffix: with a directory, only files whose name ends so.
+        suffix: file name ending; in a directory, only matching files are listed.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
@@ -139,28 +139,28 @@ def list_files(path: str, suffix: str | None = None) -> list[str]:
 
 
 def make_directories(path: str) -> None:
-    """Creates the directory and its parents where they are missing.
+    """Creates the directory and any missing parents.
 
     Raises:
         ValueError: if the path's scheme has no handler.
-        FileExistsError: if there is a file of that name.
+        FileExistsError: if `path` is a file.
     """
     _require_known_scheme(path)
     manager.mkdirs(path)
     if manager.isfile(path):
-        raise FileExistsError(f"{path!r} is to be a directory, but it is a file")
+        raise FileExistsError(f"{path!r} is a file; it must be a directory. Name another path")
 
 
 def join(path: str, *parts: str) -> str:
-    """`path` and `parts` with one "/" between each."""
+    """Joins `path` and `parts` with one "/" between each."""
     return posixpath.join(path, *parts)
 
 
 @contextlib.contextmanager
 def write_atomically(path: str) -> Iterator[IO[str]]:
-    """A UTF-8 text file that appears at `path` whole, when the block ends, or not at all.
+    """Opens a UTF-8 text file that appears at `path` whole, when the block ends, or not at all.
 
-    An earlier file at `path` stays as it was until then, and for good if the block raises.
+    An existing file at `path` is unchanged until then, and is kept if the block raises.
 
     Raises:
         ValueError: if the path's scheme has no handler.
@@ -190,7 +190,7 @@ def _written_beside(path: str) -> Iterator[IO[str]]:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)
         raise
-    # The rename is in the directory, so only the directory's own fsync makes it last.
+    # The rename changes the directory, so only an fsync of the directory makes it durable.
     directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -208,11 +208,11 @@ def _is_local(path: str) -> bool:
 
 
 def _require_known_scheme(path: str) -> None:
-    # iopath would take a path of an unknown scheme for a local one, "s3:/b/x".
+    # iopath would treat a path with an unknown scheme, such as "s3:/b/x", as local.
     scheme = _SCHEME.match(path)
     if scheme and not path.startswith(_registered_prefixes()):
         raise ValueError(
-            f"no handler for the scheme {scheme[1]!r} of {path!r}. Registered are "
+            f"no handler for the scheme {scheme[1]!r} of {path!r}. Registered prefixes: "
             f"{', '.join(_registered_prefixes())}. Register another with "
             "torchrec_fmp.paths.manager.register_handler(handler), where handler is an "
             "iopath PathHandler"
@@ -220,5 +220,5 @@ def _require_known_scheme(path: str) -> None:
 
 
 def _registered_prefixes() -> tuple[str, ...]:
-    # iopath has no public way to ask.
+    # iopath has no public API for this.
     return tuple(manager._path_handlers)

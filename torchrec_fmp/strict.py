@@ -1,6 +1,6 @@
-"""Strict configuration: any dataclass from YAML and overrides, and checks of its values.
+"""Strict configuration: loads any dataclass from YAML and overrides, and checks its values.
 
-Knows no section by name: what a configuration consists of is its dataclass's own business.
+Nothing here knows a section by name: the dataclass alone defines the sections.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CLASS = "class_path"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; says which option, and what would be right."""
+    """An unusable configuration; the message names the option and what would be valid."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Loader(Generic[Config]):
     """Reads a dataclass whose fields are the sections of a YAML file.
 
     Args:
-        root: the dataclass.
+        root: dataclass to load.
         program: name of the command, for messages.
         packages: packages whose classes YAML may name without their module.
-        bases: base classes of what YAML names by class.
-        defaults: path of an option -> the class that it has by default. An instance as default
-            could not be written into the composed YAML.
-        former: former module -> where its classes are now; the longest that fits is taken.
+        bases: base classes of the objects that YAML selects by class name.
+        defaults: option path -> its default class. A default instance could not be written into
+            the composed YAML.
+        former: former module -> present module of its classes; the longest match wins.
     """
 
     root: type[Config]
@@ -56,7 +56,7 @@ class Loader(Generic[Config]):
         """Reads a file and applies overrides such as `--train.batch_size 512`.
 
         Returns:
-            The configuration, and the composed YAML, which gives it again.
+            The configuration, and the composed YAML that loads to the same configuration.
 
         Raises:
             ConfigError: for unknown options, wrong types or values, and keys given twice.
@@ -96,7 +96,7 @@ class Loader(Generic[Config]):
         for name in content:
             if name not in known:
                 near = "".join(f" Did you mean '{match}'?" for match in nearest(str(name), known))
-                raise ConfigError(f"{path}: there is no section '{name}'.{near} There are {known}")
+                raise ConfigError(f"{path}: there is no section '{name}'.{near} Sections: {known}")
 
     def _explain(self, message: str, parser: ArgumentParser) -> str:
         """Adds the nearest valid option or class to a message about an unknown one."""
@@ -114,7 +114,7 @@ class Loader(Generic[Config]):
         return f"{message}. Did you mean '{near[0]}'?" if near else message
 
     def _renamed(self, content: Any) -> Any:
-        """Class paths of former modules, at any depth, by the present ones."""
+        """Replaces class paths in former modules with the present ones, at any depth."""
         if isinstance(content, dict):
             return {key: self._renamed(value) for key, value in content.items()}
         if isinstance(content, list):
@@ -130,7 +130,7 @@ class Loader(Generic[Config]):
         return text
 
     def _shortened(self, content: Any) -> Any:
-        """Class paths, at any depth, by the name alone where that is enough to find the class."""
+        """Shortens class paths to the class name where that suffices to find it, at any depth."""
         if isinstance(content, list):
             return [self._shortened(value) for value in content]
         if not isinstance(content, dict):
@@ -148,7 +148,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """The sections of a YAML file.
 
     Raises:
-        ConfigError: if it is no mapping, or gives a key twice.
+        ConfigError: if the file is not a YAML mapping, or gives a key twice.
         FileNotFoundError: if there is no such file.
     """
     with paths.open_path(path) as file:
@@ -173,12 +173,12 @@ def _class_path(cls: type) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> list[str]:
-    """The known name most like `name`, if any is."""
+    """The known name most similar to `name`, or an empty list if none is close."""
     return difflib.get_close_matches(name, known, n=1, cutoff=0.5)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice in one mapping."""
+    """YAML's safe loader that rejects a key given twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -190,8 +190,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def check_positive(config: object, section: str, *names: str) -> None:
-    """Raises ValueError for the first of the attributes that is not positive and finite."""
+    """Raises ValueError for the first named attribute that is not positive and finite."""
     for name in names:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{section}.{name} is {value}, it must be positive and finite")
+            raise ValueError(f"{section}.{name} is {value}; it must be positive and finite")

@@ -143,5 +143,5 @@ def test_a_file_that_is_not_there_is_an_error() -> None:
 
 
 def test_hashed_columns_must_be_sparse() -> None:
-    with pytest.raises(ValueError, match=r"hashed names \['d'\], sparse has only \['s'\]"):
+    with pytest.raises(ValueError, match=r"hashed names \['d'\], but sparse has only \['s'\]"):
         CsvDataset([], [], label="y", dense=["d"], sparse={"s": 10}, hashed=["d"])

@@ -36,7 +36,10 @@ def parquet_config(tmp_path: Path, *tables: pa.Table, **options) -> PrepareConfi
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ("0,1,x\n2,1,x\n", r"raw.csv, column 'y', row 1: '2' is not 0 or 1. A label is 0 or 1"),
+        (
+            "0,1,x\n2,1,x\n",
+            r"raw.csv, column 'y', row 1: '2' is not 0 or 1. A label must be 0 or 1",
+        ),
         ("0,1,x\n,1,x\n", r"raw.csv, column 'y', row 1: '' is not 0 or 1"),
         ("0,1,x\nyes,1,x\n", r"raw.csv, column 'y', row 1: 'yes' is not a number"),
         ("0,1,x\n0,1,x\n0,nan,x\n", r"raw.csv, column 'd', row 2: 'nan' is not a finite float32"),
@@ -93,7 +96,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, option):
 
 
 def test_a_column_name_that_occurs_twice_is_refused(tmp_path):
-    with pytest.raises(DataError, match="column 'a': several columns of that name"):
+    with pytest.raises(DataError, match="column 'a': several columns of this name"):
         prepare(csv_config(tmp_path, "y,d,a,a\n0,1,x,x\n"))
 
 
@@ -176,7 +179,9 @@ def test_files_that_disagree_on_lists_are_refused(tmp_path):
 
 def test_nested_values_are_refused(tmp_path):
     table = pa.table({"y": [0, 1], "a": [[[1]], [[2]]]})
-    with pytest.raises(DataError, match="column 'a': values of type list<.* Sparse columns are"):
+    with pytest.raises(
+        DataError, match="column 'a': values of type list<.* Sparse columns must hold"
+    ):
         prepare(parquet_config(tmp_path, table, split="seed", test_fraction=0.5))
 
 

@@ -77,7 +77,7 @@ def test_an_error_names_a_shuffled_row_by_its_place_in_the_file():
 
 def test_more_rows_than_fit_into_memory_are_refused_and_what_to_do_is_said(monkeypatch):
     monkeypatch.setattr(permuted, "_MOST_ROWS", 9)
-    with pytest.raises(DataError, match=r"10 rows are too many(.|\n)*Up to 9 can be"):
+    with pytest.raises(DataError, match=r"10 rows are too many(.|\n)*The limit is 9"):
         shuffled_positions(10, 5)
 
 
@@ -203,7 +203,7 @@ def test_a_shuffled_split_is_written_in_the_shuffled_order_whatever_the_blocks(
         ({"validation_fraction": -0.1}, "it must be at least 0"),
         ({"validation_fraction": 0.2, "split": "seed"}, "cannot be set with split seed"),
         ({"split": "shuffle", "seed": -1}, "split shuffle takes 0 to 4294967295"),
-        ({"format": "csv", "label": "y", "columns": "erase"}, "format csv has its own"),
+        ({"format": "csv", "label": "y", "columns": "erase"}, "it must be own for format csv"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):

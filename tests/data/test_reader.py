@@ -221,7 +221,7 @@ def test_closing_early_ends_the_threads_and_reads_no_further() -> None:
 def test_a_source_whose_group_changed_size_is_an_error() -> None:
     source = make_source([4, 4])
     source.tables[1] = source.tables[1].slice(1)  # type: ignore[index]
-    with pytest.raises(DataError, match="memory, row 4: 3 rows were read where 4 were announced"):
+    with pytest.raises(DataError, match="memory, row 4: 3 rows were read, but 4 were announced"):
         read(Reader(source, SCHEMA), 2)
 
 
@@ -240,7 +240,7 @@ def test_rows_that_a_rank_does_not_have_cannot_be_asked_for(start: int, stop: in
 
 def test_arguments_out_of_range_are_named() -> None:
     source = make_source([6])
-    with pytest.raises(ValueError, match=r"rank is 2, it must be in \[0, 2\)"):
+    with pytest.raises(ValueError, match=r"rank is 2; it must be in \[0, 2\)"):
         Reader(source, SCHEMA, rank=2, world_size=2)
     with pytest.raises(ValueError, match="workers is -1"):
         Reader(source, SCHEMA, workers=-1)

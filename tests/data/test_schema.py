@@ -36,7 +36,7 @@ def test_a_column_with_two_places_is_named(dense: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_table_without_rows_is_refused_and_its_column_named(size: int) -> None:
-    with pytest.raises(ValueError, match=f"'a': num_embeddings is {size}, .*at least 1"):
+    with pytest.raises(ValueError, match=f"'a': num_embeddings is {size}; .*at least 1"):
         SparseColumn("a", size)
 
 

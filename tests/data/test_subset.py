@@ -192,7 +192,7 @@ def test_a_source_that_has_changed_is_reported() -> None:
     source = make_source([10, 10])
     chosen, _ = Random().split(source, SCHEMA, 10, 0)
     source.tables = [table.slice(1) for table in source.tables]
-    with pytest.raises(DataError, match="9 rows were read where 10 were announced"):
+    with pytest.raises(DataError, match="9 rows were read, but 10 were announced"):
         rows_of(chosen)
 
 
@@ -203,8 +203,8 @@ def test_more_rows_than_there_are_or_none_are_refused(rows: int) -> None:
 
 
 def test_options_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match="blocks is 0, it must be at least 1"):
+    with pytest.raises(ValueError, match="blocks is 0; it must be at least 1"):
         Stratified(blocks=0)
     for recent in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"recent is {recent}, it must be between 0 and 1"):
+        with pytest.raises(ValueError, match=f"recent is {recent}; it must be between 0 and 1"):
             RecentResampling(recent=recent)

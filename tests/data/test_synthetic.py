@@ -295,17 +295,23 @@ def test_a_split_has_the_rows_it_was_asked_for(split: Split, rows: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"noise": -1}, "noise is -1, below 0"),
-        ({"dense_noise": -2}, "dense_noise is -2, below 0"),
+        ({"noise": -1}, "noise is -1; it must be at least 0"),
+        ({"dense_noise": -2}, "dense_noise is -2; it must be at least 0"),
         ({"rows": 0}, "rows and test_rows must be at least 1"),
         ({"test_rows": 0}, "rows and test_rows must be at least 1"),
-        ({"multi_valued": -1}, "multi_valued is -1, below 0"),
-        ({"multi_valued_noise": -1}, "multi_valued_noise is -1, below 0"),
-        ({"longest_bag": 0}, "longest_bag is 0, below 1"),
-        ({"noise_cardinalities": (1, 9)}, "noise_cardinalities 1 to 9, need 2 <= low <= high"),
+        ({"multi_valued": -1}, "multi_valued is -1; it must be at least 0"),
+        ({"multi_valued_noise": -1}, "multi_valued_noise is -1; it must be at least 0"),
+        ({"longest_bag": 0}, "longest_bag is 0; it must be at least 1"),
+        (
+            {"noise_cardinalities": (1, 9)},
+            "noise_cardinalities are 1 to 9; they must satisfy 2 <= low <= high",
+        ),
         ({"main": 2, "copies": 3}, "3 copies of 2 main effects"),
-        ({"cardinalities": (1, 10)}, "cardinalities 1 to 10, need 2 <= low <= high"),
-        ({"cardinalities": (20, 10)}, "cardinalities 20 to 10"),
+        (
+            {"cardinalities": (1, 10)},
+            "cardinalities are 1 to 10; they must satisfy 2 <= low <= high",
+        ),
+        ({"cardinalities": (20, 10)}, "cardinalities are 20 to 10"),
     ],
 )
 def test_arguments_that_describe_no_data_are_refused(

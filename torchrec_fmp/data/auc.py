@@ -1,4 +1,4 @@
-"""The exact area under the ROC curve, of planted and of learned logits."""
+"""The exact area under the ROC curve of planted and learned logits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def exact_auc(logits: Tensor, labels: Tensor) -> float:
-    """The Mann-Whitney statistic, of logits because their sigmoids tie where they saturate.
+    """The Mann-Whitney statistic of logits, because their sigmoids tie where they saturate.
 
     Args:
-        logits: (N,) float64.
-        labels: (N,) float64, 0 or 1.
+        logits: (N,) float64 logits.
+        labels: (N,) float64 labels, 0 or 1.
 
     Returns:
-        The area; NaN where all labels are equal.
+        The area; NaN if all labels are equal.
     """
     positive = float(labels.sum())
     if positive in (0.0, float(labels.numel())):

@@ -17,11 +17,11 @@ Ids = npt.NDArray[np.integer[Any]]
 
 
 class Bags(NamedTuple):
-    """The ids of one sparse feature, one bag a row.
+    """The ids of one sparse feature, one bag per row.
 
     Args:
-        ids: (number of ids,) of any integer type.
-        offsets: (rows + 1,) int64, row r has ids[offsets[r]:offsets[r + 1]]; None when every row
+        ids: (number of ids,) ids of any integer type.
+        offsets: (rows + 1,) int64; row r has ids[offsets[r]:offsets[r + 1]]. None if every row
             has exactly one id.
     """
 
@@ -37,13 +37,13 @@ class Bags(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows, column by column, each value checked. Arrays may be views of Arrow's memory.
+    """Checked rows, stored by column. Arrays may be views of Arrow's memory.
 
     Args:
         labels: (rows,) float32, each 0 or 1.
-        dense: per dense column, (rows,) float32, finite.
-        sparse: per sparse column, its bags.
-        replaced: how often each (column, problem) was replaced in these rows.
+        dense: (rows,) float32 values of each dense column, all finite.
+        sparse: bags of each sparse column.
+        replaced: number of replaced values in these rows for each (column, problem).
     """
 
     labels: npt.NDArray[np.float32]
@@ -55,7 +55,7 @@ class Rows:
         return len(self.labels)
 
     def slice(self, start: int, stop: int) -> Rows:
-        """Rows [start, stop) without copying; `replaced` stays with the whole."""
+        """Rows [start, stop) without copying; `replaced` is not carried over."""
         return Rows(
             self.labels[start:stop],
             tuple([column[start:stop] for column in self.dense]),
@@ -66,13 +66,13 @@ class Rows:
 def make_batch(
     pieces: Sequence[Rows], batch_size: int, dense: Sequence[str], sparse: Sequence[str]
 ) -> Batch:
-    """The pieces' rows as one batch, padded to `batch_size` rows.
+    """Joins the rows of all pieces into one batch, padded to `batch_size` rows.
 
-    A row of padding has label 0, dense values 0 and empty bags.
+    A padding row has label 0, dense values 0 and empty bags.
 
     Args:
-        pieces: rows in order, together at most `batch_size`.
-        batch_size: B, the rows of the batch.
+        pieces: rows in order, at most `batch_size` in total.
+        batch_size: B, number of rows in the batch.
         dense: names of the N dense columns.
         sparse: names of the F sparse columns.
 

@@ -1,4 +1,4 @@
-"""Arrow tables to checked rows: types, ranges, nulls, hashing of strings."""
+"""Converts Arrow tables to checked rows: types, ranges, nulls, string hashing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.schema import Schema, SparseColumn
 
 BadInput = Literal["raise", "replace"]
-"""What happens to a value that cannot be trained on: an error, or 0 in its place, counted."""
+"""Action for a value that cannot be trained on: an error, or 0 in its place, counted."""
 
 RowNumbers = Sequence[int] | npt.NDArray[np.int64]
 
-# A column without a single value has type null.
+# A column without any values has type null.
 _IDS = {
     *(pa.null(), pa.bool_()),
     *(pa.int8(), pa.int16(), pa.int32(), pa.int64()),
@@ -41,10 +41,10 @@ def hash_string(value: bytes, num_embeddings: int) -> int:
 
 
 def check_columns(types: pa.Schema, schema: Schema, file: str) -> None:
-    """Checks that each column of `schema` is there, once, and of a type that can be read.
+    """Checks that each column of `schema` exists exactly once, with a readable type.
 
     Raises:
-        DataError: naming the file and the first column that is not so.
+        DataError: if a column fails the check; names the file and the first such column.
     """
     for name in schema.columns:
         count = len(types.get_all_field_indices(name))
@@ -67,19 +67,19 @@ def check_columns(types: pa.Schema, schema: Schema, file: str) -> None:
 def decode(
     table: pa.Table, schema: Schema, *, file: str, row_numbers: RowNumbers, bad_input: BadInput
 ) -> Rows:
-    """Checks a table's values and gives them as the arrays that batches are made of.
+    """Checks a table's values and returns them as arrays for batches.
 
-    Integers in sparse columns are ids; strings are hashed into `num_embeddings` buckets. Under
-    `bad_input="replace"` a bad id becomes 0, a bad dense value 0.0, a null list an empty bag. A
+    Integers in sparse columns are ids; strings are hashed into `num_embeddings` buckets. With
+    `bad_input="replace"`, a bad id becomes 0, a bad dense value 0.0, a null list an empty bag. A
     row with a bad label cannot be replaced: nothing is learned from it, and leaving it out would
     give ranks different numbers of rows.
 
     Args:
-        table: at least the columns of `schema`.
-        schema: which columns to read, and the ids' limits.
-        file: where the table is from, for messages.
-        row_numbers: for each row of the table its row in the file, for messages.
-        bad_input: what to do with nulls, ids outside [0, num_embeddings) and values not finite.
+        table: table with at least the columns of `schema`.
+        schema: columns to read, and the limits of their ids.
+        file: file that the table is from, for messages.
+        row_numbers: row number in the file of each row of the table, for messages.
+        bad_input: action for nulls, ids outside [0, num_embeddings) and non-finite values.
 
     Raises:
         DataError: for the first bad value; names file, column and row.
@@ -141,14 +141,14 @@ class _Checks:
         self, column: SparseColumn, array: pa.Array, offsets: npt.NDArray[np.int64] | None
     ) -> Ids:
         if array.null_count:
-            remedy = f"Give missing values an id of their own, or {_REPLACE}."
+            remedy = f"Give missing values a separate id, or {_REPLACE}."
             self._handle(column.name, "null", _nulls(array), None, remedy, offsets)
         if _element(array.type) in _STRINGS:
             return _buckets(array, column.num_embeddings)
         if array.null_count:
             array = array.fill_null(0)
         ids: Ids = array.to_numpy(zero_copy_only=False)
-        # Read as unsigned, a negative id is above the signed type's maximum: one pass finds both.
+        # Viewed as unsigned, a negative id exceeds the signed type's maximum: one pass finds both.
         limit = min(column.num_embeddings, np.iinfo(ids.dtype).max + 1)
         if not len(ids) or int(ids.view(f"u{ids.dtype.itemsize}").max()) < limit:
             return ids
@@ -171,7 +171,7 @@ class _Checks:
         remedy: str,
         offsets: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Raises or counts; `bad` marks values, which are rows unless there are offsets."""
+        """Raises or counts; `bad` marks values, which are rows if there are no offsets."""
         if self.bad_input == "replace":
             self.replaced[column, problem] += int(bad.sum())
             return
@@ -191,7 +191,7 @@ def _buckets(strings: pa.Array, num_embeddings: int) -> npt.NDArray[np.int64]:
     encoded = strings if pa.types.is_dictionary(strings.type) else strings.dictionary_encode()
     distinct = encoded.dictionary.cast(pa.large_binary()).to_pylist()
     buckets = np.array([*(hash_string(value, num_embeddings) for value in distinct), 0], np.int64)
-    # Indices may be of a type too narrow for the position of the 0 that stands for null.
+    # The index type may be too narrow for the position of the 0 that represents null.
     indices = encoded.indices.cast(pa.int64()).fill_null(len(distinct))
     return buckets[indices.to_numpy(zero_copy_only=False)]
 
@@ -202,7 +202,7 @@ def _array(table: pa.Table, name: str) -> pa.Array:
 
 
 def _decoded(array: pa.Array) -> pa.Array:
-    """Without the encodings that NumPy lacks; a dictionary of strings stays for hashing."""
+    """Removes encodings that NumPy lacks; keeps a dictionary of strings, for hashing."""
     if array.type in (pa.null(), pa.bool_()):
         return array.cast(pa.uint8())
     if pa.types.is_dictionary(array.type) and (

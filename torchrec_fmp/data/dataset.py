@@ -1,4 +1,4 @@
-"""The two interfaces behind which every data set lies: `Source` (rows) and `Dataset` (splits)."""
+"""The two interfaces that every data set implements: `Source` (rows) and `Dataset` (splits)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class RowGroup:
     """A run of rows that can be read without reading the rows before it.
 
     Args:
-        file: the file as the user named it, or what stands for one in error messages.
+        file: file name as given by the user, or a stand-in for error messages.
         index: position of the group in its file.
-        first_row: row of the file (from 0) at which the group starts.
+        first_row: row number within the file (from 0) of the group's first row.
         rows: number of rows.
     """
 
@@ -35,7 +35,7 @@ class RowGroup:
 
 
 class Source(abc.ABC):
-    """Rows in a fixed order, cut into row groups whose sizes are known without reading them."""
+    """Rows in a fixed order, divided into row groups whose sizes are known without reading them."""
 
     @property
     @abc.abstractmethod
@@ -53,29 +53,29 @@ class Source(abc.ABC):
         """
 
     def row_numbers(self, group: RowGroup) -> npt.NDArray[np.int64]:
-        """For each of the group's rows its row in the file, for messages."""
+        """The row number within the file of each of the group's rows, for messages."""
         return np.arange(group.first_row, group.first_row + group.rows)
 
     def read_whole(self, group: RowGroup) -> pa.Table:
-        """The group's rows as `read` gives them, checked to be as many as were announced.
+        """Reads the group and checks that it has as many rows as announced.
 
         Raises:
-            DataError: if they are not, or cannot be read.
+            DataError: if the number of rows differs, or they cannot be read.
         """
         table = self.read(group)
         if table.num_rows != group.rows:
             raise DataError(
-                f"{table.num_rows} rows were read where {group.rows} were announced",
+                f"{table.num_rows} rows were read, but {group.rows} were announced",
                 file=group.file,
                 row=group.first_row,
-                remedy="Do not change files that are being read.",
+                remedy="Do not change files while they are being read.",
             )
         return table
 
 
 @dataclass(frozen=True)
 class PlantedTruth:
-    """What a synthetic data set knows of its own features, each named exactly once."""
+    """The known role of each synthetic feature; every feature is named exactly once."""
 
     signal: tuple[str, ...]
     redundant: tuple[str, ...]
@@ -83,12 +83,12 @@ class PlantedTruth:
 
 
 class Dataset(abc.ABC):
-    """What a config names under `data`: a schema and a source of rows for each split."""
+    """A data set, named under `data` in a config: a schema and a source of rows for each split."""
 
     @property
     @abc.abstractmethod
     def schema(self) -> Schema:
-        """Columns and cardinalities; the model's table sizes come from it."""
+        """Columns and cardinalities, which determine the model's table sizes."""
 
     @abc.abstractmethod
     def source(self, split: Split) -> Source:

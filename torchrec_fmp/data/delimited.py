@@ -27,18 +27,18 @@ class _Block:
 
 
 class CsvSource(Source):
-    """The rows of delimited text files, in the order of the files; a row group is about 16 MiB.
+    """The rows of delimited text files, in file order; a row group is about 16 MiB.
 
     A row is one line: blank lines and line breaks within quotes are errors. Row numbers in errors
     do not count the header.
 
     Args:
-        files: text files in UTF-8.
-        schema: the columns to read.
-        hashed: the sparse columns whose values are strings to be hashed; the others hold ids.
-        delimiter: what separates the values of a line.
-        columns: names of the files' columns; None when each file's first line is a header.
-        block_bytes: least size of a row group but the last of a file.
+        files: UTF-8 text files.
+        schema: columns to read.
+        hashed: sparse columns of strings to hash; the others hold ids.
+        delimiter: separator of the values in a line.
+        columns: column names of the files; None if each file's first line is a header.
+        block_bytes: minimum size of a row group, except the last of a file.
 
     Raises:
         DataError: if a file cannot be opened, has no rows, or lacks a column.
@@ -77,7 +77,7 @@ class CsvSource(Source):
                 text = file.read(block.bytes)
             table = pa_csv.read_csv(
                 pa.BufferReader(text),
-                # One block, in one thread: Arrow's errors name the row only then.
+                # Arrow's errors name the row only when one thread reads one block.
                 read_options=pa_csv.ReadOptions(
                     column_names=block.names, use_threads=False, block_size=block.bytes + 1
                 ),
@@ -90,13 +90,13 @@ class CsvSource(Source):
             self._fail(group, block, error)
         if table.num_rows != group.rows:
             raise DataError(
-                f"{table.num_rows} rows were parsed from the {group.rows} lines from this row on",
+                f"{table.num_rows} rows were parsed from the {group.rows} lines that start here",
                 file=group.file,
                 row=group.first_row,
                 remedy="Remove blank lines, and line breaks within quotes.",
             )
         for name in self._hashed:
-            # Arrow lets a block end within quotes; elsewhere the missing quote changes the count.
+            # Arrow lets a block end within quotes; elsewhere an unclosed quote changes the count.
             if "\n" in table.column(name)[-1].as_py():
                 raise DataError(
                     "a quote is not closed on its line",
@@ -108,7 +108,7 @@ class CsvSource(Source):
         return table
 
     def _fail(self, group: RowGroup, block: _Block, error: Exception) -> NoReturn:
-        """Raises Arrow's error with the row of the file in place of the row of the block."""
+        """Raises Arrow's error with the row number in the file instead of in the block."""
         message = str(error)
         row = re.search(r"Row #(\d+): ", message)
         column = re.search(r"CSV column #(\d+)", message)
@@ -118,8 +118,8 @@ class CsvSource(Source):
             column=block.names[int(column[1])] if column else None,
             row=group.first_row + (int(row[1]) - 1 if row else 0),
             remedy=(
-                "Correct the line; check the delimiter and the columns' names. A sparse column of "
-                "strings must be named in `hashed`."
+                "Correct the line; check the delimiter and the column names. Name sparse columns "
+                "of strings in `hashed`."
             ),
         ) from error
 
@@ -143,7 +143,7 @@ class CsvSource(Source):
             raise DataError(
                 f"the file cannot be read: {error}",
                 file=file,
-                remedy="Check that it exists and is text in UTF-8.",
+                remedy="Check that it exists and is UTF-8 text.",
             ) from error
         if not rows:
             raise DataError("the file has no rows", file=file, remedy="Leave it out.")
@@ -165,18 +165,18 @@ class CsvSource(Source):
 
 
 class CsvDataset(Dataset):
-    """Delimited text files, with the columns named here.
+    """Delimited text files with explicitly named columns.
 
     Args:
         train: files, or directories of files, to train on.
         test: files or directories to evaluate on.
-        label: the column of labels, 0 or 1.
+        label: column of labels, 0 or 1.
         dense: columns of numbers.
-        sparse: for each sparse column its num_embeddings. It holds ids below that number, or, if
-            it is named in `hashed`, any strings.
-        hashed: the sparse columns whose values are strings, hashed into num_embeddings buckets.
-        delimiter: what separates the values of a line.
-        columns: names of the files' columns; None when each file's first line is a header.
+        sparse: sparse column name -> its num_embeddings. The column holds ids below that number,
+            or any strings if it is named in `hashed`.
+        hashed: sparse columns of strings, which are hashed into num_embeddings buckets.
+        delimiter: separator of the values in a line.
+        columns: column names of the files; None if each file's first line is a header.
 
     Raises:
         ValueError: if a column is named twice, num_embeddings is below 1, or `hashed` names a
@@ -201,7 +201,7 @@ class CsvDataset(Dataset):
         self._delimiter = delimiter
         self._columns = columns
         if unknown := [name for name in self._hashed if name not in sparse]:
-            raise ValueError(f"hashed names {unknown}, sparse has only {list(sparse)}")
+            raise ValueError(f"hashed names {unknown}, but sparse has only {list(sparse)}")
 
     @property
     def schema(self) -> Schema:

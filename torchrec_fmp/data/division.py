@@ -20,25 +20,26 @@ class Segment:
 
 
 def quotas(rows: int, world_size: int) -> list[int]:
-    """The number of rows of each rank: equal, the first `rows % world_size` ranks one more."""
+    """The number of rows of each rank: equal, plus one for the first `rows % world_size` ranks."""
     share, more = divmod(rows, world_size)
     return [share + (rank < more) for rank in range(world_size)]
 
 
 def divide(group_rows: Sequence[int], world_size: int, order: Sequence[int]) -> list[list[Segment]]:
-    """Gives every row to exactly one rank, and to every rank exactly its quota.
+    """Gives every row to exactly one rank, and every rank exactly its quota.
 
-    Row groups are taken in `order`; each goes to the rank that has the fewest rows so far (the
-    lowest such rank) and is split only where that rank's quota ends. So at most `world_size - 1`
-    cuts are made, and the result depends on the arguments alone: every rank computes the same.
+    Row groups are assigned in `order`. Each goes to the rank with the fewest rows so far (the
+    lowest such rank) and is split only where that rank's quota ends, so there are at most
+    `world_size - 1` splits. The result depends on the arguments alone, so it is the same on every
+    rank.
 
     Args:
-        group_rows: rows of each row group.
+        group_rows: number of rows in each row group.
         world_size: number of ranks.
         order: a permutation of the positions of `group_rows`.
 
     Returns:
-        For each rank its segments, in `order`.
+        The segments of each rank, in `order`.
     """
     room = quotas(sum(group_rows), world_size)
     held = [0] * world_size

@@ -1,4 +1,4 @@
-"""The error that every reader raises for rows it cannot use."""
+"""The error that every reader raises for unusable rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from __future__ import annotations
 class DataError(ValueError):
     """Input that cannot be trained on.
 
-    The message says which file, column and row (counted from 0 within the file), which value, and
+    The message names the file, column, row (counted from 0 within the file) and value, and says
     what to do.
     """
 

@@ -1,4 +1,4 @@
-"""Parquet files as data sets: those that `torchrec-fmp prepare` wrote, and any others."""
+"""Parquet files as data sets: the output of `torchrec-fmp prepare`, and any other files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torchrec_fmp.data.schema import Schema, SparseColumn
 
 
 class ParquetSource(Source):
-    """The rows of Parquet files, in the order of the files.
+    """The rows of Parquet files, in file order.
 
-    Every file's footer is read at construction, its rows only in `read`, and of them only the
-    columns of the schema.
+    Every file's footer is read at construction. Rows are read only in `read`, and only the columns
+    of the schema.
 
     Args:
         files: Parquet files.
-        schema: the columns to read.
+        schema: columns to read.
 
     Raises:
-        DataError: if there is no file, or a file is not Parquet, is truncated, has no rows, or
-            lacks a column or has it in a type that cannot be read.
+        DataError: if a file does not exist, is not Parquet, is truncated, or has no rows, or if a
+            column is missing or has an unreadable type.
     """
 
     def __init__(self, files: Sequence[str], schema: Schema) -> None:
@@ -64,8 +64,8 @@ class ParquetSource(Source):
             first_row += rows
 
     def _open(self, file: str) -> pq.ParquetFile:
-        # A ParquetFile serves one thread. Each keeps only its last, since the footers of many
-        # files are large, and most reads go on in the same file.
+        # A ParquetFile serves one thread. Each thread keeps only its last one, since the footers
+        # of many files are large, and most reads continue in the same file.
         if getattr(self._opened, "name", None) != file:
             try:
                 self._opened.file = pq.ParquetFile(paths.local_path(file))
@@ -81,10 +81,10 @@ class ParquetSource(Source):
 
 
 class PreparedDataset(Dataset):
-    """A directory that `torchrec-fmp prepare` wrote: schema.json, train/, test/.
+    """A directory written by `torchrec-fmp prepare`: schema.json, train/, test/.
 
     Args:
-        path: the directory.
+        path: directory to read.
 
     Raises:
         FileNotFoundError: if there is no schema.json in the directory.
@@ -95,7 +95,8 @@ class PreparedDataset(Dataset):
         schema = paths.join(path, "schema.json")
         if not paths.exists(schema):
             raise FileNotFoundError(
-                f"there is no {schema}: make {path} with `torchrec-fmp prepare ... --out {path}`"
+                f"{schema} does not exist. "
+                f"Create {path} with `torchrec-fmp prepare ... --out {path}`"
             )
         self._path = path
         self._schema = Schema.load(schema)
@@ -111,17 +112,17 @@ class PreparedDataset(Dataset):
 
 
 class ParquetDataset(Dataset):
-    """Any Parquet files, with the columns named here.
+    """Any Parquet files, with explicitly named columns.
 
-    Sparse columns hold ids below `num_embeddings`, or strings, which are hashed into as many
+    Sparse columns hold ids below `num_embeddings`, strings that are hashed into `num_embeddings`
     buckets, or lists of either.
 
     Args:
         train: files, or directories of .parquet files, to train on.
         test: files or directories to evaluate on.
-        label: the column of labels, 0 or 1.
+        label: column of labels, 0 or 1.
         dense: columns of numbers.
-        sparse: for each sparse column its num_embeddings.
+        sparse: sparse column name -> its num_embeddings.
 
     Raises:
         ValueError: if a column is named twice, or num_embeddings is below 1.

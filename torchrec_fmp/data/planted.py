@@ -1,4 +1,4 @@
-"""Planted features: how their values are drawn, and what each adds to the logit of a row."""
+"""Planted features: how their values are drawn, and how much each adds to a row's logit."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _MERGED_VALUES = 3
 
 @dataclass(frozen=True)
 class Field:
-    """A sparse feature with one value a row.
+    """A sparse feature with one value per row.
 
     Args:
-        name: of the feature.
+        name: feature name.
         cardinality: number of values.
-        effect: (cardinality,) what each value adds to the logit; None without effect.
-        uniform: values are equally frequent, not Zipf-distributed.
+        effect: (cardinality,) contribution of each value to the logit; None without effect.
+        uniform: whether values are equally frequent instead of Zipf-distributed.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Field:
 
     @staticmethod
     def draw(name: str, cardinality: int, strength: float, random: np.random.Generator) -> Field:
-        """Normal effects, over the rows of mean 0 and of standard deviation `strength`."""
+        """Draws normal effects with mean 0 and standard deviation `strength` over the rows."""
         effect = random.standard_normal(cardinality)
         share = _zipf_probabilities(cardinality)
         effect -= share @ effect
@@ -46,22 +46,22 @@ class Field:
 
     @staticmethod
     def signs(name: str, cardinality: int, random: np.random.Generator) -> Field:
-        """+1 and -1 by turns along uniformly drawn values, so that the mean sign is 0."""
+        """Assigns +1 and -1 to equally many uniformly drawn values, so the mean sign is 0."""
         cardinality += cardinality % 2
         effect = random.permutation(np.resize([1.0, -1.0], cardinality))
         return Field(name, cardinality, effect, uniform=True)
 
     def sample(self, random: np.random.Generator, rows: int) -> Ids:
-        """(rows,) values."""
+        """Draws (rows,) values."""
         uniform = random.random(rows)
         if self.uniform:
             return (uniform * self.cardinality).astype(np.int32)
-        # Inverse of the continuous density 1/x on [1, cardinality + 1), cut to whole numbers.
+        # Inverts the CDF of the density 1/x on [1, cardinality + 1), truncated to whole numbers.
         values = np.exp(uniform * np.log(self.cardinality + 1)).astype(np.int32) - 1
         return np.minimum(values, self.cardinality - 1)
 
     def effect_of(self, values: Ids) -> Floats:
-        """(rows,) what each value adds to the logit."""
+        """(rows,) contribution of each value to the logit."""
         assert self.effect is not None
         return self.effect[values]
 
@@ -78,21 +78,21 @@ class Copy:
         return -(-self.field.cardinality // _MERGED_VALUES)
 
     def merge(self, values: Ids) -> Ids:
-        """(rows,) the copy's values, given the field's."""
+        """(rows,) the copy's values for the field's values."""
         merged: Ids = values // _MERGED_VALUES
         return merged
 
 
 @dataclass(frozen=True)
 class Bag:
-    """A sparse feature with several values a row, drawn independently of each other.
+    """A sparse feature with several values per row, drawn independently of each other.
 
-    The effect of a bag is the *sum* of its values' effects, as TorchRec's default pooling adds
-    their embeddings; an empty bag has none.
+    The effect of a bag is the *sum* of its values' effects, just as TorchRec's default pooling
+    adds their embeddings. An empty bag has no effect.
 
     Args:
-        field: how each value is drawn, and its effect.
-        longest: lengths of bags are uniform on 0 to this.
+        field: distribution and effect of each value.
+        longest: maximum bag length; lengths are uniform from 0 to this.
     """
 
     field: Field
@@ -113,7 +113,7 @@ class Bag:
         return pa.ListArray.from_arrays(offsets, self.field.sample(random, int(offsets[-1])))
 
     def effect_of(self, bags: pa.ListArray) -> Floats:
-        """(rows,) what each bag adds to the logit."""
+        """(rows,) contribution of each bag to the logit."""
         rows = np.repeat(np.arange(len(bags)), bags.value_lengths().to_numpy())
         effect = np.zeros(len(bags))
         of_values = self.field.effect_of(bags.flatten().to_numpy())
@@ -130,24 +130,24 @@ def logits(effects: Iterable[Floats], bias: float, rows: int) -> Floats:
 
 
 def auc(logit: Floats, labels: Labels) -> float:
-    """The exact area under the ROC curve, of (rows,) logits and labels; NaN for one class."""
+    """The exact area under the ROC curve of (rows,) logits and labels; NaN for one class."""
     return exact_auc(torch.from_numpy(logit), torch.from_numpy(labels).double())
 
 
 def contributions(
     effects: Mapping[tuple[str, ...], Floats], bias: float, labels: Labels
 ) -> dict[str, float]:
-    """AUC of the true logit, less AUC of it without a feature's effect, for each feature.
+    """For each feature, AUC of the true logit minus its AUC without the feature's effect.
 
     Args:
-        effects: the features that have an effect together -> (rows,) the effect.
+        effects: features with a joint effect -> (rows,) that effect.
         bias: logit of a row without effects.
         labels: (rows,) 0 or 1.
     """
     whole = auc(logits(effects.values(), bias, len(labels)), labels)
     contribution = {}
     for names in effects:
-        # Added up anew: a difference of sums is not exact, and would order rows that are equal.
+        # Summed again: a difference of sums is inexact and would order rows that are equal.
         others = (effect for other, effect in effects.items() if other != names)
         without = auc(logits(others, bias, len(labels)), labels)
         contribution.update(dict.fromkeys(names, whole - without))

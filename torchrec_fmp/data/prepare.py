@@ -1,4 +1,4 @@
-"""`prepare`: raw files to the Parquet and the schema file that training reads."""
+"""`prepare`: converts raw files to the Parquet files and the schema that training reads."""
 
 from __future__ import annotations
 
@@ -39,31 +39,33 @@ _FREE_FORMATS = ("csv", "tsv", "parquet")
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """What to prepare, and how.
+    """Inputs, output and options of `prepare`.
 
     Args:
-        format: format of the raw files. criteo, avazu and movielens know their columns.
-        inputs: files or directories, plain or compressed; for movielens the release's directory.
+        format: format of the raw files. criteo, avazu and movielens have fixed columns.
+        inputs: files or directories, plain or compressed; for movielens, the release's directory.
         out: local directory to create.
-        label: csv, tsv, parquet: the column of 0 and 1.
-        dense: csv, tsv, parquet: columns of numbers.
-        sparse: csv, tsv, parquet: columns of values that become ids; without it, all that are left.
+        label: label column of 0 and 1 (csv, tsv, parquet).
+        dense: columns of numbers (csv, tsv, parquet).
+        sparse: columns of values that become ids (csv, tsv, parquet); by default, all remaining
+            columns.
         log_dense: whether dense x becomes sign(x) * log(1 + abs(x)).
-        columns: criteo, avazu, movielens: the format's own, or `erase` for those of ERASE's
-            benchmark, all sparse: criteo's integers as buckets; avazu's `hour` as it stands;
-            movielens with timestamp and title, genres as one value, and the rows in its order.
-        rating_threshold: movielens: ratings above it are positive.
-        min_count: values rarer than this in the training rows share id 0.
-        hash_buckets: hash values to this many ids a column instead of building vocabularies.
-        split: how the test split is taken: the last rows (order), the last ones after all were
-            permuted by `seed` as pandas' `sample(frac=1)` does it, in memory (shuffle), the latest
-            rows (time), rows at random (seed), or the rows where `split_column` is 1 (column).
-        test_fraction: share of the test split; with `column` it has no effect.
-        validation_fraction: order, shuffle: share of the rows before the test split that are
-            written to neither split.
-        split_column: csv, tsv, parquet: the column that `time` or `column` reads; no feature.
-        seed: of the split by seed or shuffle.
-        row_group_rows: rows in a row group of the Parquet files.
+        columns: set of columns (criteo, avazu, movielens): `own` for the format's columns, or
+            `erase` for the columns of ERASE's benchmark. With `erase` all columns are sparse:
+            criteo has its integers as buckets; avazu has `hour` unchanged; movielens has timestamp
+            and title, genres as one value, and ERASE's row order.
+        rating_threshold: rating above which a label is positive (movielens).
+        min_count: minimum count of a value in the training rows; rarer values share id 0.
+        hash_buckets: number of ids per column to hash values to, instead of building vocabularies.
+        split: rule for the test split: the last rows (order), the last rows after an in-memory
+            permutation by `seed` like pandas' `sample(frac=1)` (shuffle), the latest rows (time),
+            random rows (seed), or the rows where `split_column` is 1 (column).
+        test_fraction: share of rows in the test split; no effect with `column`.
+        validation_fraction: share of rows, just before the test split, that are written to neither
+            split (order, shuffle).
+        split_column: column that `time` or `column` reads, not a feature (csv, tsv, parquet).
+        seed: seed of the split by seed or shuffle.
+        row_group_rows: number of rows in a row group of the Parquet files.
 
     Raises:
         ValueError: if options contradict each other or are out of range.
@@ -89,18 +91,18 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise ValueError("inputs names no file")
+            raise ValueError("inputs is empty; it must name at least one file")
         if self.format == "movielens" and len(self.inputs) != 1:
             raise ValueError(f"movielens takes one directory, but inputs names {len(self.inputs)}")
         for name in ("min_count", "hash_buckets", "row_group_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, it must be at least 1")
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if not 0 < self.test_fraction < 1:
-            raise ValueError(f"test_fraction is {self.test_fraction}, it must be between 0 and 1")
+            raise ValueError(f"test_fraction is {self.test_fraction}; it must be between 0 and 1")
         self._check_validation()
         if self.split == "shuffle" and not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}, split shuffle takes 0 to {2**32 - 1}")
+            raise ValueError(f"seed is {self.seed}; split shuffle takes 0 to {2**32 - 1}")
         if self.format in _FREE_FORMATS:
             self._check_free_columns()
         else:
@@ -109,15 +111,15 @@ class PrepareConfig:
     def _check_validation(self) -> None:
         if not 0 <= self.validation_fraction < 1 - self.test_fraction:
             raise ValueError(
-                f"validation_fraction is {self.validation_fraction}, it must be at least 0 and "
-                f"leave rows to train on beside the test_fraction {self.test_fraction}"
+                f"validation_fraction is {self.validation_fraction}; it must be at least 0 and "
+                f"leave rows to train on, with test_fraction {self.test_fraction}"
             )
         if self.validation_fraction and self.split not in ("order", "shuffle"):
             raise ValueError(f"validation_fraction cannot be set with split {self.split}")
 
     def _check_free_columns(self) -> None:
         if self.columns != "own":
-            raise ValueError(f"columns cannot be {self.columns}: format {self.format} has its own")
+            raise ValueError(f"columns is {self.columns}; it must be own for format {self.format}")
         if self.label is None:
             raise ValueError(f"format {self.format} needs the name of the label column: set label")
         reads_column = self.split in ("time", "column")
@@ -129,7 +131,7 @@ class PrepareConfig:
     def _check_fixed_columns(self) -> None:
         for name in ("label", "dense", "sparse", "split_column"):
             if getattr(self, name):
-                raise ValueError(f"{name} cannot be set: format {self.format} knows its columns")
+                raise ValueError(f"{name} cannot be set: format {self.format} has fixed columns")
         if self.split == "column" or (self.split == "time" and self.format == "criteo"):
             raise ValueError(f"format {self.format} has no column for split {self.split}")
 
@@ -137,14 +139,14 @@ class PrepareConfig:
 def prepare(config: PrepareConfig) -> Schema:
     """Writes `config.out` and returns its schema.
 
-    Memory does not grow with the number of rows, but where they are put into another order.
+    Memory does not grow with the number of rows, except where they are reordered.
 
     The directory holds train/ and test/ (Parquet: int8 label, float32 dense, int32 ids, lists of
-    int32 for multivalued columns; rows in the order of the raw files, or as they were shuffled),
+    int32 for multivalued columns; rows in the order of the raw files, or shuffled),
     schema.json, vocabulary/COLUMN.parquet (value, id, count; not when hashing) and prepare.json
     (config, rows, share of values out of vocabulary). Vocabularies are built on the training rows
-    alone, so that the test split measures what values never seen do. Missing values count as the
-    value "". The directory appears whole, or not at all.
+    alone, so that the test split measures the effect of unseen values. Missing values are read as
+    the value "". The directory appears whole, or not at all.
 
     Raises:
         DataError: if the raw files cannot be used; names file, column, row and value.
@@ -178,17 +180,17 @@ def prepare(config: PrepareConfig) -> Schema:
 
 @contextlib.contextmanager
 def _appearing_whole(out: str) -> Iterator[str]:
-    """A directory beside `out` that takes its name when the block ends without an error."""
+    """A directory beside `out` that is renamed to `out` if the block ends without an error."""
     if "://" in out:
         raise ValueError(f"{out} is not local: prepare into a local directory, then copy it")
     if paths.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-        raise FileExistsError(f"{out} exists and is not empty: name another, or remove it")
+        raise FileExistsError(f"{out} exists and is not empty: choose another, or remove it")
     target = os.path.realpath(out)
     staging = f"{target}.{uuid.uuid4().hex[:8]}.partial"
     paths.make_directories(staging)
     try:
         yield staging
-        # Of a directory this replaces an empty one, and fails if someone filled it meanwhile.
+        # This replaces an empty directory, and fails if someone filled it meanwhile.
         os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -261,7 +263,7 @@ def _count(
     def count(name: str) -> None:
         counts[name].add(to_values(chunk, name, name in multivalued).values)
 
-    # `list` waits, and raises what a thread raised.
+    # `list` waits for the threads, and raises their errors.
     list(pool.map(count, counts))
 
 
@@ -312,10 +314,10 @@ def _save_vocabularies(id_maps: Mapping[str, IdMap], directory: str) -> None:
     if vocabularies:
         paths.make_directories(directory)
     for name, vocabulary in vocabularies.items():
-        # A column's name may hold "/", a file's may not.
+        # A column name may contain "/", a file name may not.
         vocabulary.save(paths.join(directory, f"{quote(name, safe=' ')}.parquet"))
 
 
 def _progress(what: str) -> tqdm[NoReturn]:
-    # None is tqdm's word for: only on a terminal.
+    # With `disable=None`, tqdm shows a bar only on a terminal.
     return tqdm(desc=what, unit=" rows", unit_scale=True, disable=None)

@@ -1,4 +1,4 @@
-"""The Parquet files that `prepare` writes: raw chunks to typed tables, tables to row groups."""
+"""Parquet output of `prepare`: raw chunks become typed tables, and tables become row groups."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _IDS = pa.list_(pa.int32())
 
 
 class RowConverter:
-    """Raw rows to rows of the schema: int8 label, float32 dense, int32 ids or lists of them."""
+    """Converts raw rows to schema rows: int8 label, float32 dense, int32 ids or lists of them."""
 
     def __init__(self, columns: RawColumns, id_maps: Mapping[str, IdMap], log_dense: bool) -> None:
         self._columns = columns
@@ -35,7 +35,7 @@ class RowConverter:
         )
 
     def convert(self, chunk: RawChunk, pool: Executor) -> pa.Table:
-        """Converts the chunk, its columns side by side.
+        """Converts the chunk, with its columns in parallel.
 
         Raises:
             DataError: if a value cannot be used; names file, column, row and value.
@@ -57,12 +57,12 @@ class RowConverter:
 
 
 class SplitWriter:
-    """One split's Parquet file, in row groups of equal size; a context manager.
+    """Context manager that writes one split to a Parquet file in row groups of equal size.
 
     Args:
         path: file to create.
-        schema: of the tables to come.
-        row_group_rows: rows in every row group but the last.
+        schema: schema of the tables to write.
+        row_group_rows: number of rows in every row group except the last.
     """
 
     def __init__(self, path: str, schema: pa.Schema, row_group_rows: int) -> None:
@@ -102,7 +102,7 @@ class SplitWriter:
         self._pending = pending.slice(full_rows)
 
     def out_of_vocabulary(self) -> dict[str, float]:
-        """For each sparse column, the share of its values that have no id of their own."""
+        """For each sparse column, the share of its values that are out of vocabulary."""
         return {
             name: self._unknown_ids[name] / total if total else 0.0
             for name, total in self._ids.items()

@@ -22,7 +22,7 @@ from torchrec_fmp.data.schema import Schema
 
 @dataclass(frozen=True)
 class _Stretch:
-    """The rows at places [start, stop) of a segment, in the order in which it is read."""
+    """The rows at positions [start, stop) of a segment, in reading order."""
 
     segment: Segment
     start: int
@@ -33,18 +33,20 @@ class Reader:
     """Reads one rank's share of a source.
 
     Row groups are divided among ranks so that each rank has its exact share of the rows. The
-    order of rows depends on source, world size, `seed` and `shuffle` alone: not on the batch
-    size, not on the number of workers, not on where reading starts.
+    row order depends only on the source, the world size, `seed` and `shuffle`, not on the batch
+    size, the number of workers, or where reading starts.
 
     Args:
-        source: the rows.
-        schema: the columns to read from them.
-        rank: whose share.
+        source: source of the rows.
+        schema: columns to read.
+        rank: rank whose share is read.
         world_size: number of ranks.
-        seed: of the shuffle.
-        shuffle: permute the row groups, and the rows within each; otherwise the source's order.
-        bad_input: raise at a value that cannot be trained on, or replace and count it.
-        workers: threads that decode ahead, one row group each; 0 decodes in the calling thread.
+        seed: seed of the shuffle.
+        shuffle: whether to permute the row groups and the rows within each; otherwise rows keep
+            the source's order.
+        bad_input: action for a value that cannot be trained on: raise, or replace and count it.
+        workers: number of threads that decode ahead, one row group each; with 0, the calling thread
+            decodes.
 
     Raises:
         ValueError: if rank, world size, seed or workers are out of range.
@@ -64,9 +66,9 @@ class Reader:
         workers: int = 1,
     ) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank}, it must be in [0, {world_size})")
+            raise ValueError(f"rank is {rank}; it must be in [0, {world_size})")
         if workers < 0 or seed < 0:
-            raise ValueError(f"workers is {workers} and seed {seed}: neither may be negative")
+            raise ValueError(f"workers is {workers} and seed is {seed}; both must be at least 0")
         self._source = source
         self._schema = schema
         self._seed = seed
@@ -88,23 +90,23 @@ class Reader:
             order = np.random.default_rng(seed).permutation(order)
         self._segments = divide(group_rows, world_size, order.tolist())[rank]
         self.replaced: Counter[tuple[str, str]] = Counter()
-        """How often each (column, problem) was replaced in the rows read so far."""
+        """Number of replaced values for each (column, problem) in the rows read so far."""
 
     @property
     def rows(self) -> int:
-        """The number of rows that every rank has; some ranks have one more."""
+        """The number of rows on every rank; some ranks have one more."""
         return self._quotas[-1]
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """Full batches of this rank's rows [start, stop), the same number on every rank.
 
         Rows that do not fill the last batch are not read. Row groups before `start` are skipped
-        without decoding them.
+        without decoding.
 
         Args:
-            batch_size: B, rows of a batch.
-            start: the first row, counted in this rank's order.
-            stop: the end, at most and by default `rows`.
+            batch_size: B, number of rows in a batch.
+            start: first row, counted in this rank's order.
+            stop: end of the rows, at most `rows`; None means `rows`.
 
         Yields:
             Batches with dense_features (B, N) float32, sparse_features of int64 values and int32
@@ -118,7 +120,7 @@ class Reader:
         _check_batch_size(batch_size)
         if not 0 <= start <= stop <= self.rows:
             raise ValueError(
-                f"rows {start} to {stop} asked for, but a rank has rows 0 to {self.rows}"
+                f"rows {start} to {stop} were requested, but a rank has rows 0 to {self.rows}"
             )
         full = start + (stop - start) // batch_size * batch_size
         return (batch for batch, _ in self._batches(batch_size, start, full))
@@ -127,10 +129,10 @@ class Reader:
         """All of this rank's rows, the same number of batches on every rank.
 
         The last batches are padded with rows of label 0, dense values 0 and empty bags, because
-        a sharded model's forward is collective: each rank must call it equally often.
+        a sharded model's forward is collective: every rank must call it the same number of times.
 
         Yields:
-            A batch of exactly `batch_size` rows as `batches` gives them, and how many are real.
+            A batch of exactly `batch_size` rows, as from `batches`, and the number of real rows.
 
         Raises:
             ValueError: if batch_size is below 1.
@@ -206,7 +208,7 @@ class Reader:
 
 
 def _cut(chunks: Iterable[Rows], batch_size: int) -> Iterator[list[Rows]]:
-    """The pieces of each batch in turn; only the last may have fewer rows than `batch_size`."""
+    """Yields the pieces of each batch; only the last may have fewer rows than `batch_size`."""
     held: list[Rows] = []
     missing = batch_size
     for chunk in chunks:
@@ -225,4 +227,4 @@ def _cut(chunks: Iterable[Rows], batch_size: int) -> Iterator[list[Rows]]:
 
 def _check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, it must be at least 1")
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")

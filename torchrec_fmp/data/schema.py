@@ -1,4 +1,4 @@
-"""What a row holds: the label, dense columns, and sparse columns with their cardinalities."""
+"""The columns of a row: label, dense columns, and sparse columns with their cardinalities."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SparseColumn:
     def __post_init__(self) -> None:
         if self.num_embeddings < 1:
             raise ValueError(
-                f"sparse column {self.name!r}: num_embeddings is {self.num_embeddings}, "
+                f"sparse column {self.name!r}: num_embeddings is {self.num_embeddings}; "
                 "it must be at least 1"
             )
 
 
 @dataclass(frozen=True)
 class Schema:
-    """Columns of a data set, in the order in which the model reads them.
+    """Columns of a data set, in the order the model reads them.
 
     Raises:
         ValueError: if a column is named twice, or there is no sparse column.
@@ -60,11 +60,11 @@ class Schema:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Every feature, dense and sparse: what can be gated and dropped."""
+        """All features, dense and sparse; each can be gated and dropped."""
         return self.dense + self.sparse_names
 
     def only(self, features: Collection[str]) -> Schema:
-        """The schema of the given features, in the same order.
+        """The schema restricted to the given features, in the same order.
 
         Raises:
             ValueError: if no sparse column is left.
@@ -100,5 +100,5 @@ class Schema:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path} is not a schema file as `torchrec-fmp prepare` writes it: {error!r}"
+                f"{path} is not a schema file written by `torchrec-fmp prepare`: {error!r}"
             ) from error

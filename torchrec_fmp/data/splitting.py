@@ -1,4 +1,4 @@
-"""Which raw rows are the test split: by order, time, seed, or a column that says so."""
+"""Chooses the raw rows of the test split by order, time, seed, or a column."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ _MASK = (1 << 64) - 1
 
 
 class RowSplit(abc.ABC):
-    """Which rows are the test split; a pure function of the row, however the rows are chunked."""
+    """Assigns rows to splits: a pure function of the row, however the rows are chunked."""
 
     @property
     @abc.abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns that the masks read."""
+        """Columns that the masks read."""
 
     @abc.abstractmethod
     def test_mask(self, chunk: RawChunk) -> pa.BooleanArray:
         """True for the chunk's rows that belong to the test split."""
 
     def masks(self, chunk: RawChunk) -> tuple[pa.BooleanArray, pa.BooleanArray]:
-        """True for the chunk's rows that belong to the train split, and to the test split."""
+        """Masks of the chunk's rows that belong to the train split and to the test split."""
         test = self.test_mask(chunk)
         return pc.invert(test), test
 
 
 @dataclass(frozen=True)
 class OrderSplit(RowSplit):
-    """The first rows are the train split, the last ones the test split.
+    """The first rows are the train split, and the last rows are the test split.
 
     Args:
         train_rows: number of rows of the train split.
@@ -52,7 +52,7 @@ class OrderSplit(RowSplit):
 
     @staticmethod
     def fit(raw: RawTable, test_fraction: float, validation_fraction: float = 0.0) -> OrderSplit:
-        """Counts the rows; those of validation, rounded up, are in neither split."""
+        """Counts the rows. Validation rows, rounded up in number, are in neither split."""
         rows = raw.count_rows()
         test_start = rows - round(test_fraction * rows)
         return OrderSplit(test_start - math.ceil(validation_fraction * rows), test_start)
@@ -66,14 +66,15 @@ class OrderSplit(RowSplit):
 
 @dataclass(frozen=True)
 class TimeSplit(RowSplit):
-    """The rows later than the last training time are the test split, wherever they stand.
+    """Rows later than the last training time are the test split, wherever they are in the files.
 
-    Times are compared as integers if all of them are, else as numbers, else as text (which is right
-    for ISO 8601). Rows of one time are never divided, so the test split may be smaller than asked.
+    Times are compared as integers if all are integers, else as numbers, else as text (which is
+    correct for ISO 8601). Rows with equal times are never separated, so the test split may be
+    smaller than requested.
 
     Args:
-        column: the column that holds the time.
-        last_train_time: its value in the latest training row.
+        column: time column.
+        last_train_time: time of the latest training row.
     """
 
     column: str
@@ -81,7 +82,7 @@ class TimeSplit(RowSplit):
 
     @staticmethod
     def fit(raw: RawTable, column: str, test_fraction: float) -> TimeSplit:
-        """Reads the time of all rows; memory grows with the distinct times.
+        """Reads the times of all rows; memory grows with the number of distinct times.
 
         Raises:
             DataError: if a row has no time.
@@ -123,7 +124,7 @@ class SeedSplit(RowSplit):
 
 @dataclass(frozen=True)
 class ColumnSplit(RowSplit):
-    """A column says it: 1 is test, 0 is train."""
+    """A column gives the split of each row: 1 is test, 0 is train."""
 
     column: str
 
@@ -147,7 +148,7 @@ def _times(chunk: RawChunk, column: str) -> pa.LargeStringArray:
             "no time",
             column=column,
             index=index,
-            remedy="A split by time needs one in every row: repair the row or split otherwise.",
+            remedy="A split by time needs a time in every row: repair it or choose another split.",
         )
     return times
 

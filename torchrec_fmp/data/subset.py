@@ -1,4 +1,4 @@
-"""Which rows pretraining uses: the first, random ones, a stratified sample, or recent-like ones."""
+"""Chooses the rows for pretraining: the first, random, stratified, or similar to recent rows."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ _BUCKETS = 10_000
 
 
 class Subset(abc.ABC):
-    """Chooses the rows of pretraining; the rest are trained on later."""
+    """Chooses the rows for pretraining; the rest are trained on later."""
 
     def split(self, source: Source, schema: Schema, rows: int, seed: int) -> tuple[Source, Source]:
-        """The chosen rows and all others, each in the order of the source.
+        """The chosen rows and all others, each in source order.
 
-        Every row is in exactly one of the two. The result depends on the arguments alone, so that
-        every rank gets the same.
+        Every row is in exactly one of the two. The result depends on the arguments alone, so it is
+        the same on every rank.
 
         Args:
             source: all rows, oldest first.
-            schema: their columns.
-            rows: how many to choose.
-            seed: of the choice.
+            schema: columns of the rows.
+            rows: number of rows to choose.
+            seed: seed of the choice.
 
         Raises:
-            ValueError: if there are not as many rows, or none are wanted.
-            DataError: if the source must be read for the choice, and cannot be.
+            ValueError: if `rows` is below 1, or exceeds the number of rows in the source.
+            DataError: if the choice requires reading the source, and it cannot be read.
         """
         total = sum(group.rows for group in source.row_groups)
         if not 0 < rows <= total:
-            raise ValueError(f"{rows} rows cannot be chosen for pretraining out of {total}")
+            raise ValueError(
+                f"{rows} rows cannot be chosen for pretraining out of {total}; choose 1 to {total}"
+            )
         chosen = self.choose(source, schema, rows, seed)
         return _MaskedSource(source, chosen), _MaskedSource(source, ~chosen)
 
     @abc.abstractmethod
     def choose(self, source: Source, schema: Schema, rows: int, seed: int) -> Mask:
-        """(rows of the source,) true for exactly `rows` of them; arguments as for `split`."""
+        """(rows of the source,) mask, true for exactly `rows` rows; arguments as for `split`."""
 
 
 class Prefix(Subset):
@@ -67,13 +69,13 @@ class Random(Subset):
 
 
 class Stratified(Subset):
-    """Random rows, of each label in each stretch of time as large a share as of all rows.
+    """Random rows, with the same share of each label in each time block as of all rows.
 
-    Reads the source once, for the labels. Where shares are not whole numbers of rows, those with
+    Reads the source once, for the labels. If shares are not whole numbers of rows, the shares with
     the largest fractions are rounded up.
 
     Args:
-        blocks: stretches of time, of equally many rows.
+        blocks: number of time blocks, with equally many rows each.
 
     Raises:
         ValueError: if blocks is below 1.
@@ -81,11 +83,11 @@ class Stratified(Subset):
 
     def __init__(self, blocks: int = 10) -> None:
         if blocks < 1:
-            raise ValueError(f"blocks is {blocks}, it must be at least 1")
+            raise ValueError(f"blocks is {blocks}; it must be at least 1")
         self.blocks = blocks
 
     def choose(self, source: Source, schema: Schema, rows: int, seed: int) -> Mask:
-        # A schema has a sparse column at least; the others need not be decoded.
+        # A schema needs at least one sparse column; the others need not be decoded.
         label_only = schema.only(schema.sparse_names[:1])
         labels = np.concatenate([part.labels == 1 for part in _decoded(source, label_only)])
         edges = len(labels) * np.arange(self.blocks + 1) // self.blocks
@@ -103,30 +105,32 @@ class Stratified(Subset):
 
 
 class RecentResampling(Subset):
-    """Rows like the most recent ones: importance resampling without replacement.
+    """Rows similar to the most recent ones: importance resampling without replacement.
 
     DSIR (Xie et al. 2023, "Data selection for language models via importance resampling",
     arXiv:2302.03169; p-lambda/dsir, data_selection/hashed_ngram_dsir.py and base.py), with field
-    values in the place of n-grams: every (sparse feature, value) is hashed into one of 10,000
-    buckets, and a row is a bag of buckets. The log weight of a row is the sum over its buckets of
-    log p_recent - log p_all, their shares among the recent rows and among all. Gumbel noise is
-    added to it, and the largest are taken, which draws without replacement by the weights.
+    values instead of n-grams: every (sparse feature, value) is hashed into one of 10,000 buckets,
+    and a row is a bag of buckets. The log weight of a row is the sum over its buckets of
+    log p_recent - log p_all, the log shares of a bucket among the recent rows and among all rows.
+    Gumbel noise is added to the log weights, and the rows with the largest sums are chosen. This
+    samples without replacement by weight.
 
-    Counts start at 1, where the official code adds 1e-8 to shares: the recent rows are few, and a
-    rare value that they happen to lack should not rule a row out. Dense features are left out.
+    Counts start at 1, whereas the official code adds 1e-8 to shares: the recent rows are few, and
+    a rare value that happens to be missing from them should not rule a row out. Dense features are
+    ignored.
 
-    Reads the source twice, for the shares and for the weights, and holds a float64 a row.
+    Reads the source twice, for the shares and for the weights, and holds one float64 per row.
 
     Args:
-        recent: share of the rows, the last ones, that the others should be like.
+        recent: share of the rows, at the end of the source, that the chosen rows should resemble.
 
     Raises:
-        ValueError: if it is not between 0 and 1.
+        ValueError: if `recent` is not between 0 and 1.
     """
 
     def __init__(self, recent: float = 0.1) -> None:
         if not 0 < recent < 1:
-            raise ValueError(f"recent is {recent}, it must be between 0 and 1")
+            raise ValueError(f"recent is {recent}; it must be between 0 and 1")
         self.recent = recent
 
     def choose(self, source: Source, schema: Schema, rows: int, seed: int) -> Mask:
@@ -139,7 +143,7 @@ class RecentResampling(Subset):
         return _mask(source, np.argpartition(log_weights, -rows)[-rows:])
 
     def _log_ratio(self, source: Source, schema: Schema) -> npt.NDArray[np.float64]:
-        """(buckets,) log of a bucket's share among the recent rows over that among all."""
+        """(buckets,) log ratio of a bucket's share among the recent rows to its share among all."""
         total = sum(group.rows for group in source.row_groups)
         first_recent = total - max(1, round(self.recent * total))
         counts = np.ones((2, _BUCKETS), np.int64)
@@ -155,9 +159,9 @@ class RecentResampling(Subset):
 
 
 class _MaskedSource(Source):
-    """The rows of another source that a mask marks, without the row groups that have none.
+    """The rows of another source where a mask is true; row groups without such rows are left out.
 
-    A row group's `index` is its position among all of the other source's.
+    A row group's `index` is its position among all row groups of the other source.
     """
 
     def __init__(self, source: Source, mask: Mask) -> None:
@@ -204,7 +208,7 @@ def _decoded(source: Source, schema: Schema) -> Iterator[Rows]:
 
 
 def _apportion(rows: int, strata: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    """`rows` divided among strata by their sizes, by largest remainder."""
+    """Divides `rows` among strata in proportion to their sizes, by largest remainder."""
     sizes = np.array([len(stratum) for stratum in strata])
     shares, remainders = np.divmod(rows * sizes, sizes.sum())
     missing = rows - shares.sum()
@@ -215,7 +219,7 @@ def _apportion(rows: int, strata: Sequence[npt.NDArray[np.int64]]) -> npt.NDArra
 def _bags_of_buckets(
     part: Rows, schema: Schema
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-    """For each sparse feature, the bucket of each of its values, and the row that holds it."""
+    """For each sparse feature, the bucket and the row of each of its values."""
     rows = np.arange(len(part))
     for name, bags in zip(schema.sparse_names, part.sparse, strict=True):
         lengths = 1 if bags.offsets is None else np.diff(bags.offsets)
@@ -225,7 +229,7 @@ def _bags_of_buckets(
 def _sum_by_row(
     part: Rows, schema: Schema, values: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(rows,) the sum of `values`, one for each bucket, over the buckets of a row."""
+    """(rows,) sum over each row's buckets of `values`, which has one entry per bucket."""
     sums = np.zeros(len(part))
     for buckets, row in _bags_of_buckets(part, schema):
         sums += np.bincount(row, values[buckets], minlength=len(part))
@@ -233,7 +237,7 @@ def _sum_by_row(
 
 
 def _hash(feature: str, ids: Ids) -> npt.NDArray[np.int64]:
-    """The bucket of each value: SplitMix64's mixer, on ids that are shifted by the feature."""
+    """The bucket of each value: SplitMix64's mixer, on ids shifted by the feature's hash."""
     mixed = ids.astype(np.uint64) + np.uint64(hash_string(feature.encode(), 2**64))
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

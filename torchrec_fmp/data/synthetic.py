@@ -1,15 +1,15 @@
-"""Synthetic click data with planted truth: which features carry signal is known.
+"""Synthetic click data with planted truth: it is known which features carry signal.
 
 The logit of a row is a bias plus
 
-- a *main effect* of each `main_i`: one number per value, of the field's strength;
-- an *interaction* of each pair `pair_ia`, `pair_ib`: a product of two signs, so that neither field
-  alone says anything about the label;
+- a *main effect* of each `main_i`: one number per value, scaled to the field's strength;
+- an *interaction* of each pair `pair_ia`, `pair_ib`: a product of two signs, so neither field
+  alone carries information about the label;
 - a *dense effect*, linear in each `dense_i`;
 - a *main effect* of each `multi_i`, whose rows hold bags of values: the sum over the bag.
 
-`copy_i` is a function of `main_i` that merges its values in groups, so it says nothing that
-`main_i` does not; `noise_i`, `multi_noise_i` and `dense_noise_i` are independent of everything.
+`copy_i` is `main_i` with its values merged in groups, so it carries no information beyond
+`main_i`. `noise_i`, `multi_noise_i` and `dense_noise_i` are independent of everything.
 """
 
 from __future__ import annotations
@@ -39,28 +39,31 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class SyntheticDataset(Dataset):
-    """A generator of rows; the same arguments always give the same rows.
+    """Generates rows; the same arguments always give the same rows.
 
     Args:
-        rows: training rows.
-        test_rows: rows of the test split, drawn from the same distribution.
-        main: sparse features with a main effect.
-        pairs: pairs of sparse features that matter only together.
-        copies: redundant sparse features.
-        noise: sparse features without any effect.
-        dense: dense features with an effect.
-        dense_noise: dense features without any effect.
-        multi_valued: sparse features with a main effect and several values a row.
-        multi_valued_noise: sparse features without any effect and several values a row.
+        rows: number of training rows.
+        test_rows: number of rows in the test split, drawn from the same distribution.
+        main: number of sparse features with a main effect.
+        pairs: number of pairs of sparse features that matter only together.
+        copies: number of redundant sparse features.
+        noise: number of sparse features without any effect.
+        dense: number of dense features with an effect.
+        dense_noise: number of dense features without any effect.
+        multi_valued: number of sparse features with a main effect and several values per row.
+        multi_valued_noise: number of sparse features without any effect and several values per row.
         strongest: standard deviation of the strongest effect, in logits.
-        weakest: of the weakest; the others lie between, geometrically.
-        pair_strength: of each interaction, in logits.
+        weakest: standard deviation of the weakest effect; the others are geometrically spaced
+            between the two.
+        pair_strength: strength of each interaction, in logits.
         cardinalities: smallest and largest number of values of a field, Zipf-distributed.
-        noise_cardinalities: of the sparse features without effect; by default the same.
-        longest_bag: values in the largest bag of a multi-valued feature; the smallest is empty.
-        bias: logit of a row without effects. Without any, -4 gives 1.8% of positives; effects
-            raise the share.
-        seed: of everything.
+        noise_cardinalities: `cardinalities` of the sparse features without effect; the same by
+            default.
+        longest_bag: number of values in the largest bag of a multi-valued feature; the smallest bag
+            is empty.
+        bias: logit of a row without effects. Without any effects, -4 gives 1.8% positives;
+            effects raise this share.
+        seed: seed of all random draws.
 
     Raises:
         ValueError: for counts below 0, more copies than main effects, or no rows.
@@ -88,20 +91,27 @@ class SyntheticDataset(Dataset):
     def __post_init__(self) -> None:
         for name in _COUNTS:
             if getattr(self, name) < 0:
-                raise ValueError(f"synthetic data: {name} is {getattr(self, name)}, below 0")
+                raise ValueError(
+                    f"synthetic data: {name} is {getattr(self, name)}; it must be at least 0"
+                )
         if self.rows < 1 or self.test_rows < 1:
             raise ValueError("synthetic data: rows and test_rows must be at least 1")
         if self.longest_bag < 1:
-            raise ValueError(f"synthetic data: longest_bag is {self.longest_bag}, below 1")
+            raise ValueError(
+                f"synthetic data: longest_bag is {self.longest_bag}; it must be at least 1"
+            )
         if self.copies > self.main:
             raise ValueError(
                 f"synthetic data: {self.copies} copies of {self.main} main effects; "
-                "each copies another one, so there can be no more copies than main effects"
+                "each copies a different one, so there can be no more copies than main effects"
             )
         for name in ("cardinalities", "noise_cardinalities"):
             low, high = getattr(self, name) or self.cardinalities
             if not 2 <= low <= high:
-                raise ValueError(f"synthetic data: {name} {low} to {high}, need 2 <= low <= high")
+                raise ValueError(
+                    f"synthetic data: {name} are {low} to {high}; "
+                    "they must satisfy 2 <= low <= high"
+                )
 
     @cached_property
     def schema(self) -> Schema:
@@ -124,16 +134,17 @@ class SyntheticDataset(Dataset):
         return _SyntheticSource(self, split)
 
     def oracle_auc(self) -> float:
-        """AUC of the true logit on the test split; NaN if its rows are of one class."""
+        """AUC of the true logit on the test split; NaN if the split has only one class."""
         effects, labels = self._test_effects()
         return planted.auc(planted.logits(effects.values(), self.bias, len(labels)), labels)
 
     def oracle_contributions(self) -> dict[str, float]:
-        """For each feature: AUC of the true logit, less AUC of it without the feature's effect.
+        """For each feature: AUC of the true logit minus its AUC without the feature's effect.
 
-        On the test split, with every effect of all its rows in memory, 8 bytes each. Exactly 0
-        for copies and noise; both features of a pair have that of their interaction. An effect
-        too weak for the number of test rows may come out slightly below 0.
+        Uses the test split, with every effect of all its rows in memory at 8 bytes each. The
+        result is exactly 0 for copies and noise. Both features of a pair get the contribution of
+        their interaction. An effect too weak for the number of test rows may come out slightly
+        below 0.
         """
         effects, labels = self._test_effects()
         useless = dict.fromkeys(self.schema.features, 0.0)
@@ -161,7 +172,7 @@ class SyntheticDataset(Dataset):
         ]
         copies = [Copy(f"copy_{i}", field) for i, field in enumerate(main[: self.copies])]
         noise = self._without_effect("noise", self.noise, random)
-        # Drawn apart, so that the other features stay the same however many of these there are.
+        # A separate generator keeps the other features the same for any number of these.
         random = np.random.default_rng((self.seed, 2))
         mean_length = self.longest_bag / 2
         multi = self._main_effects("multi", self.multi_valued, mean_length, random)
@@ -171,8 +182,8 @@ class SyntheticDataset(Dataset):
     def _main_effects(
         self, prefix: str, count: int, values: float, random: np.random.Generator
     ) -> list[Field]:
-        """Fields of which a row has `values` values on average, whose effects add up."""
-        # A sum of independent effects of mean 0 has their variance times the mean number.
+        """Fields with `values` values per row on average, whose effects add up."""
+        # The variance of a sum of independent effects of mean 0 is theirs times their mean number.
         strengths = self._strengths(count) / np.sqrt(values)
         return [
             Field.draw(name, cardinality, strength, random)
@@ -196,7 +207,7 @@ class SyntheticDataset(Dataset):
         return np.geomspace(self.strongest, self.weakest, count)
 
     def _columns(self, split: Split, group: RowGroup) -> dict[str, Any]:
-        """The features and the label of a row group, as NumPy arrays and, of bags, Arrow lists."""
+        """The features and the label of a row group, as NumPy arrays, or Arrow lists for bags."""
         rows = group.rows
         random, bags_random = (
             np.random.default_rng((self.seed, stream, split == "test", group.index))
@@ -219,7 +230,7 @@ class SyntheticDataset(Dataset):
         return columns
 
     def _effects(self, columns: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Floats]]:
-        """Features that have an effect together, and what they add to each row's logit."""
+        """Features with a joint effect, and the effect on each row's logit."""
         for name, strength in zip(
             _names("dense", self.dense), self._strengths(self.dense), strict=True
         ):

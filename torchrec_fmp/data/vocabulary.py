@@ -1,4 +1,4 @@
-"""Values of a sparse column to ids, by a vocabulary of the frequent ones or by hashing."""
+"""Maps values of a sparse column to ids, by a vocabulary of frequent values or by hashing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MERGE_ROWS = 1 << 16
 
 
 class IdMap(Protocol):
-    """What turns values into ids 0 .. num_embeddings - 1."""
+    """Maps values to ids 0 .. num_embeddings - 1."""
 
     @property
     def num_embeddings(self) -> int:
@@ -30,7 +30,7 @@ class IdMap(Protocol):
 
 
 class ValueCounts:
-    """How often each value occurs; memory grows with the distinct values, not with the rows."""
+    """Counts each distinct value; memory grows with the distinct values, not with the rows."""
 
     def __init__(self) -> None:
         self._merged = pa.table(
@@ -40,7 +40,7 @@ class ValueCounts:
         self._pending_rows = 0
 
     def add(self, values: pa.LargeStringArray) -> None:
-        """Counts these values, none of them null."""
+        """Counts these values; none may be null."""
         counted = values.value_counts()
         self._pending.append(
             pa.table({"value": counted.field("values"), "count": counted.field("counts")})
@@ -51,13 +51,13 @@ class ValueCounts:
             self._merge()
 
     def table(self) -> pa.Table:
-        """Distinct values (`value`) and their counts (`count`), in no order."""
+        """Distinct values (`value`) and their counts (`count`), in arbitrary order."""
         self._merge()
         return self._merged
 
     def _merge(self) -> None:
         both = pa.concat_tables([self._merged, *self._pending])
-        # Several times faster than group_by, whose sums of strings' groups are slow.
+        # Several times faster than group_by, which is slow at sums over groups of strings.
         encoded = both["value"].combine_chunks().dictionary_encode()
         # Sums are in float64, hence exact below 2**53 rows.
         totals = np.bincount(
@@ -72,8 +72,8 @@ class Vocabulary:
     """Ids 1, 2, ... for the frequent values, the most frequent first; id 0 for all others.
 
     Args:
-        values: large strings without repetition; the first has id 1.
-        counts: int64, how often each occurred.
+        values: distinct large strings; the first has id 1.
+        counts: int64 number of occurrences of each value.
     """
 
     values: pa.LargeStringArray
@@ -81,7 +81,7 @@ class Vocabulary:
 
     @staticmethod
     def of_frequent(counts: ValueCounts, min_count: int) -> Vocabulary:
-        """The values that occurred `min_count` times or more, equally frequent ones by value."""
+        """The values that occurred at least `min_count` times; ties are ordered by value."""
         table = counts.table()
         frequent = table.filter(pc.greater_equal(table["count"], min_count)).sort_by(
             [("count", "descending"), ("value", "ascending")]
@@ -93,10 +93,10 @@ class Vocabulary:
         return len(self.values) + 1
 
     def ids(self, values: pa.LargeStringArray) -> pa.Int32Array:
-        """One id per value, 0 where the vocabulary does not have it."""
+        """One id per value, 0 if it is not in the vocabulary."""
         encoded = values.dictionary_encode()
-        # The hash table is built on the chunk's values and the vocabulary is looked up in it: a
-        # large vocabulary's own table costs several times more, and pyarrow cannot keep one.
+        # The vocabulary is looked up in a hash table of the chunk's values: a hash table of a
+        # large vocabulary costs several times more, and pyarrow cannot keep one.
         positions = pc.index_in(self.values, encoded.dictionary)
         present = pc.indices_nonzero(positions.is_valid()).to_numpy()
         ids = np.full(len(encoded.dictionary), OUT_OF_VOCABULARY, np.int32)

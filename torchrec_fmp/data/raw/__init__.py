@@ -1,3 +1,3 @@
-"""Raw formats that `prepare` reads: one file a format, all behind `RawTable`."""
+"""Raw formats that `prepare` reads: one file per format, all behind `RawTable`."""
 
 from __future__ import annotations

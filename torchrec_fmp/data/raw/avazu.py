@@ -21,7 +21,7 @@ SITE_AND_DEVICE = (
 class AvazuTable(RawTable):
     """Rows of Avazu files; `hour` (YYMMDDHH) gives hour_of_day and weekday (0 is Monday).
 
-    The row's `id` is unique to the row and is left out.
+    `id` is unique to each row and is left out.
     """
 
     def __init__(self, files: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Raw columns to what training reads: labels, dense numbers, and the values that become ids."""
+"""Converts raw columns for training: labels, dense numbers, and values that become ids."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class SparseValues:
     """The values of one sparse column.
 
     Args:
-        values: large strings, a missing one as "".
-        offsets: int32, where each row's values start, and the end; None when each row has one.
+        values: large strings; a missing value is "".
+        offsets: int32 start of each row's values, then the end; None if each row has one value.
     """
 
     values: pa.LargeStringArray
@@ -31,7 +31,7 @@ def to_numbers(chunk: RawChunk, name: str) -> pa.DoubleArray:
     """The column as float64; an empty string is null.
 
     Raises:
-        DataError: if a value is no number.
+        DataError: if a value is not a number.
     """
     column = chunk.rows[name]
     if pa.types.is_dictionary(column.type):
@@ -57,7 +57,7 @@ def to_labels(chunk: RawChunk, name: str) -> pa.Int8Array:
     Raises:
         DataError: if a label is neither 0 nor 1.
     """
-    return _zeros_and_ones(chunk, name, "A label is 0 or 1: repair or remove the row.")
+    return _zeros_and_ones(chunk, name, "A label must be 0 or 1: repair or remove the row.")
 
 
 def to_test_mask(chunk: RawChunk, name: str) -> pa.Int8Array:
@@ -66,14 +66,14 @@ def to_test_mask(chunk: RawChunk, name: str) -> pa.Int8Array:
     Raises:
         DataError: if a value is neither 0 nor 1.
     """
-    return _zeros_and_ones(chunk, name, "A split column is 0 (train) or 1 (test).")
+    return _zeros_and_ones(chunk, name, "A split column must be 0 (train) or 1 (test).")
 
 
 def to_dense(chunk: RawChunk, name: str, log: bool) -> pa.FloatArray:
     """The column as float32, missing values as 0; with `log`, sign(x) * log(1 + abs(x)).
 
     Raises:
-        DataError: if a value is no number, NaN, or infinite (in float32, after the logarithm).
+        DataError: if a value is not a number, NaN, or infinite (in float32, after the logarithm).
     """
     numbers = to_numbers(chunk, name).fill_null(0.0).to_numpy()
     if log:
@@ -93,10 +93,10 @@ def to_dense(chunk: RawChunk, name: str, log: bool) -> pa.FloatArray:
 
 
 def to_values(chunk: RawChunk, name: str, multivalued: bool) -> SparseValues:
-    """The column's values as strings; a missing list is an empty one.
+    """The column's values as strings; a missing list is read as empty.
 
     Raises:
-        DataError: if the values have no form as strings (structures, lists of lists, not UTF-8).
+        DataError: if the values cannot be strings (structures, lists of lists, not UTF-8).
     """
     column = chunk.rows[name]
     offsets = None
@@ -113,7 +113,7 @@ def to_values(chunk: RawChunk, name: str, multivalued: bool) -> SparseValues:
             f"values of type {column.type} cannot be written as strings: {error}".rstrip("."),
             file=chunk.file,
             column=name,
-            remedy="Sparse columns are numbers, strings, or lists of either.",
+            remedy="Sparse columns must hold numbers, strings, or lists of either.",
         ) from error
 
 

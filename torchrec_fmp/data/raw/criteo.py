@@ -16,5 +16,5 @@ _DIALECT = Dialect("\t", quoted=False, names=("label", *_COLUMNS.dense, *_COLUMN
 
 
 def criteo_table(files: Sequence[str]) -> DelimitedTable:
-    """Label, 13 integers I1 .. I13 and 26 hexadecimal strings C1 .. C26 a line."""
+    """Each line has a label, 13 integers I1 .. I13 and 26 hexadecimal strings C1 .. C26."""
     return DelimitedTable(files, _DIALECT, _COLUMNS)

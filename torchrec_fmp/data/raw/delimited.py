@@ -13,18 +13,18 @@ from torchrec_fmp import paths
 from torchrec_fmp.data.errors import DataError
 from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable, read_chunks, require_columns
 
-# pyarrow reads 32 blocks ahead, so this bounds the memory to 256 MiB and a few blocks.
+# pyarrow reads 32 blocks ahead, so this bounds the memory to 256 MiB plus a few blocks.
 _BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a delimited file is written.
+    """The format of a delimited file.
 
     Args:
-        delimiter: one character.
+        delimiter: single character.
         quoted: whether "..." may enclose delimiters and line ends.
-        names: the columns' names where the file has no header line.
+        names: column names, if the file has no header line.
     """
 
     delimiter: str
@@ -37,10 +37,10 @@ TSV = Dialect("\t", quoted=False)
 
 
 class DelimitedTable(RawTable):
-    """Rows of delimited files that share their columns.
+    """Rows of delimited files with the same columns.
 
-    Files named *.gz, *.bz2, *.zst are decompressed while they are read. Empty lines are skipped
-    and not counted as rows, nor is the header.
+    Files named *.gz, *.bz2, *.zst are decompressed while they are read. Empty lines are skipped.
+    Neither they nor the header count as rows.
 
     Raises:
         DataError: if a file is empty or lacks a column.
@@ -92,7 +92,7 @@ def read_names(file: str, dialect: Dialect) -> tuple[str, ...]:
         raise DataError(
             f"cannot be read: {error}".rstrip("."),
             file=file,
-            remedy="Name a file of delimited text, plain or compressed.",
+            remedy="Name a delimited text file, plain or compressed.",
         ) from error
 
 
@@ -103,14 +103,14 @@ def _open(
     refused: list[pa_csv.InvalidRow] = []
 
     def refuse(row: pa_csv.InvalidRow) -> str:
-        # pyarrow swallows what a handler raises, so the error is raised below.
+        # pyarrow swallows a handler's exceptions, so the error is raised below.
         refused.append(row)
         return "error"
 
     try:
         with pa_csv.open_csv(
             pa.input_stream(paths.local_path(file), compression="detect"),
-            # A threaded reader does not know the number of a row that it refuses.
+            # A threaded reader does not know the number of a rejected row.
             read_options=pa_csv.ReadOptions(
                 column_names=dialect.names, block_size=_BLOCK_BYTES, use_threads=False
             ),

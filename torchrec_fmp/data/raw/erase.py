@@ -1,7 +1,7 @@
 """Criteo, Avazu and MovieLens with the columns of ERASE's benchmark.
 
 ERASE (arXiv:2403.12660; Applied-Machine-Learning-Lab/ERASE, data/preprocess.py and
-utils/datasets.py at 2201b88) makes one categorical field of every column.
+utils/datasets.py at 2201b88) turns every column into one categorical field.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable
 
 
 class EraseCriteoTable(RawTable):
-    """39 fields: integers x become the value floor(log(x)^2) if x > 2, else x - 2.
+    """39 fields: an integer x becomes the value floor(log(x)^2) if x > 2, else x - 2.
 
-    A missing integer is a value of its own, as there.
+    A missing integer is a separate value, as in ERASE.
     """
 
     def __init__(self, files: Sequence[str]) -> None:
@@ -65,16 +65,16 @@ def _buckets(chunk: RawChunk, name: str) -> pa.StringArray:
 
 
 def erase_avazu_table(files: Sequence[str]) -> DelimitedTable:
-    """22 fields: `hour` (YYMMDDHH) is one of them."""
+    """22 fields, including `hour` (YYMMDDHH)."""
     return DelimitedTable(
         files, CSV, RawColumns("click", (), ("hour", *SITE_AND_DEVICE), time="hour")
     )
 
 
 def erase_movielens_table(directory: str, rating_threshold: float) -> PermutedTable:
-    """The files' own columns but the rating, 9 in ml-1m, and the rows in the order of ERASE's file.
+    """All columns of the files except the rating (9 in ml-1m), in the row order of ERASE's file.
 
-    That file is `pd.merge(pd.merge(ratings, movies), users)`. Before its version 2.2, pandas
+    ERASE's file is `pd.merge(pd.merge(ratings, movies), users)`. Before version 2.2, pandas
     ordered an inner merge by the first occurrence of each key.
     """
     raw = MovieLensTable(directory, rating_threshold, as_written=True)
@@ -87,5 +87,5 @@ def erase_movielens_table(directory: str, rating_threshold: float) -> PermutedTa
 
 
 def _first_seen(values: pa.ChunkedArray) -> Order:
-    """(rows,), the rank of each row's value by where it occurs first."""
+    """(rows,), the rank of each row's value by first occurrence."""
     return values.combine_chunks().dictionary_encode().indices.to_numpy()

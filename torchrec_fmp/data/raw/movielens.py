@@ -44,21 +44,21 @@ class _Lookup:
                 f"{chunk.rows[self.key][index].as_py()!r} is not in {self.file}",
                 column=self.key,
                 index=index,
-                remedy="Check that the files are whole and of one release.",
+                remedy="Check that the files are whole and from one release.",
             )
         return {name: column.take(positions) for name, column in self.features.items()}
 
 
 class MovieLensTable(RawTable):
-    """A rating a row, joined with the movie (genres, release year) and, in ml-1m, with the user.
+    """One rating per row, joined with the movie (genres, release year) and, in ml-1m, the user.
 
     The label is whether the rating exceeds the threshold. `genres` is multivalued.
 
     Args:
-        directory: of the release.
-        rating_threshold: ratings above it are positive.
-        as_written: whether the columns are those of the files, with the timestamp, the title in the
-            place of the release year, and the genres of a movie as one value.
+        directory: directory of the release.
+        rating_threshold: rating above which the label is positive.
+        as_written: whether to keep the columns as in the files: with the timestamp, the title
+            instead of the release year, and the genres of a movie as one value.
 
     Raises:
         DataError: if the directory is not a MovieLens release, or one of its files is damaged.

@@ -15,11 +15,11 @@ _BATCH_ROWS = 65_536
 
 
 class ParquetTable(RawTable):
-    """Rows of Parquet files that share their columns.
+    """Rows of Parquet files with the same columns.
 
     Args:
-        files: in the order in which their rows count.
-        columns: what the columns are for; which sparse ones are multivalued is read from the files.
+        files: Parquet files, in row order.
+        columns: roles of the columns; the files determine which sparse columns are multivalued.
 
     Raises:
         DataError: if a file is truncated, lacks a column, or has lists where the first file has
@@ -38,7 +38,7 @@ class ParquetTable(RawTable):
                     f"lists in one file and single values in another, {files[0]}",
                     file=file,
                     column=name,
-                    remedy="Write the column alike in all files.",
+                    remedy="Write the column the same way in all files.",
                 )
         self._files = files
         self._schemas = schemas

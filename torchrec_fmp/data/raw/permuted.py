@@ -16,7 +16,7 @@ from torchrec_fmp.data.raw.table import RawChunk, RawColumns, RawTable
 Order = npt.NDArray[np.int64]
 
 _BATCH_ROWS = 65_536
-# Of Criteo's 40 columns, about 8 GB.
+# About 8 GB for Criteo's 40 columns.
 _MOST_ROWS = 1 << 24
 
 
@@ -42,10 +42,10 @@ class _PermutedChunk(RawChunk):
 class PermutedTable(RawTable):
     """The rows of another table in another order; errors name a row by its place in the files.
 
-    Each scan reads the asked columns of all rows into memory.
+    Each scan reads the requested columns of all rows into memory.
 
     Args:
-        raw: the other table.
+        raw: table to reorder.
         order: position in `raw` of each row.
     """
 
@@ -74,9 +74,9 @@ class PermutedTable(RawTable):
 
 
 def shuffled(raw: RawTable, seed: int) -> PermutedTable:
-    """The rows as pandas' `DataFrame.sample(frac=1, random_state=seed)` orders them.
+    """Shuffles the rows like pandas' `DataFrame.sample(frac=1, random_state=seed)`.
 
-    That is `numpy.random.RandomState(seed).permutation`.
+    The order is `numpy.random.RandomState(seed).permutation`.
 
     Raises:
         DataError: if there are too many rows for memory.
@@ -84,8 +84,8 @@ def shuffled(raw: RawTable, seed: int) -> PermutedTable:
     rows = raw.count_rows()
     if rows > _MOST_ROWS:
         raise DataError(
-            f"{rows:,} rows are too many to be shuffled in memory",
+            f"{rows:,} rows are too many to shuffle in memory",
             file=raw.files[0],
-            remedy=f"Up to {_MOST_ROWS:,} can be. Shuffle the files first, or split by seed.",
+            remedy=f"The limit is {_MOST_ROWS:,}. Shuffle the files first, or split by seed.",
         )
     return PermutedTable(raw, np.random.RandomState(seed).permutation(rows))

@@ -1,4 +1,4 @@
-"""The interface behind which every raw format lies: `RawTable`, read in `RawChunk`s."""
+"""The interface that every raw format implements: `RawTable`, read in `RawChunk`s."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torchrec_fmp.data.errors import DataError
 
 @dataclass(frozen=True)
 class RawColumns:
-    """What the columns of a raw table are for.
+    """The roles of the columns of a raw table.
 
     Args:
-        label: the column of 0 and 1.
+        label: column of 0 and 1.
         dense: columns of numbers.
         sparse: columns of values that become ids.
-        multivalued: the sparse columns whose rows are lists of values.
-        time: the column by which the rows can be split in time, if the format has one.
+        multivalued: sparse columns whose rows are lists of values.
+        time: column for splitting the rows by time, if the format has one.
 
     Raises:
         ValueError: if a column has two roles, or there is no sparse column.
@@ -48,10 +48,10 @@ class RawChunk:
     """Consecutive rows of one file.
 
     Args:
-        file: the file as the user named it.
+        file: file name as given by the user.
         first_row: the chunk's first row, counted from 0 within the file.
         position: the chunk's first row, counted from 0 over all files.
-        rows: the columns that were asked for.
+        rows: requested columns.
     """
 
     file: str
@@ -60,7 +60,7 @@ class RawChunk:
     rows: pa.RecordBatch
 
     def error(self, problem: str, *, column: str, index: int, remedy: str) -> DataError:
-        """The error that names row `index` of this chunk by its place in the file."""
+        """An error that names row `index` of this chunk by its place in the file."""
         return DataError(
             problem, file=self.file, column=column, row=self.first_row + index, remedy=remedy
         )
@@ -72,7 +72,7 @@ class RawTable(abc.ABC):
     @property
     @abc.abstractmethod
     def columns(self) -> RawColumns:
-        """What the columns are for."""
+        """The roles of the columns."""
 
     @property
     @abc.abstractmethod
@@ -93,7 +93,7 @@ class RawTable(abc.ABC):
 
 
 def list_inputs(inputs: Sequence[str]) -> list[str]:
-    """The files behind `inputs`, each a file or a directory.
+    """The files of `inputs`; each input is a file or a directory.
 
     Raises:
         FileNotFoundError: if an input does not exist.
@@ -115,14 +115,14 @@ def require_columns(file: str, present: Sequence[str], wanted: Sequence[str]) ->
     occurrences = Counter(present)
     for name in wanted:
         if occurrences[name] != 1:
-            problem = "no such column" if not occurrences[name] else "several columns of that name"
+            problem = "no such column" if not occurrences[name] else "several columns of this name"
             raise DataError(
                 problem, file=file, column=name, remedy=f"The file's columns are {list(present)}."
             )
 
 
 def read_chunks(file: str, batches: Iterator[pa.RecordBatch], position: int) -> Iterator[RawChunk]:
-    """Numbers the rows of one file's batches; errors of pyarrow become `DataError`."""
+    """Numbers the rows of one file's batches; pyarrow's errors become `DataError`."""
     row = 0
     while True:
         try:
