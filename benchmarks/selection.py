@@ -79,7 +79,8 @@ def run_grid(arguments: argparse.Namespace) -> int:
     if not cells:
         print("There is no data to run on: name some by --data, --planted or --prepared.")
         return 0
-    failed = grid.run(cells, arguments.results, arguments.jobs, again=arguments.again)
+    commit = grid.clean_commit(RESULTS.parent.parent)
+    failed = grid.run(cells, arguments.results, arguments.jobs, commit, again=arguments.again)
     for name, error in failed.items():
         file = arguments.results / "rows" / f"{name}.error"
         sys.stderr.write(f"{name} failed, see {file}: {error.splitlines()[-1]}\n")

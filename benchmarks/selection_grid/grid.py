@@ -30,6 +30,8 @@ from .cell import FULL, Cell, Row, run_cell
 # Each cell is a fork of a process that has imported these, which takes seconds. All of them, so
 # that the cells of a grid run the same code although its files may change meanwhile.
 _PRELOADED = [m.name for m in pkgutil.walk_packages(torchrec_fmp.__path__, "torchrec_fmp.")]
+# The grid writes results while it runs, and the report writes docs; neither changes what rows say.
+_NOT_CODE = [":!benchmarks/results", ":!docs"]
 _ARROW = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 
 
@@ -66,6 +68,7 @@ def run(
     cells: Sequence[Cell],
     out: Path,
     jobs: int,
+    commit: str,
     say: Callable[[str], None] = print,
     again: bool = False,
 ) -> dict[str, str]:
@@ -75,9 +78,10 @@ def run(
         cells: to run.
         out: gets rows/<cell>.json as soon as a cell is done, and rows/<cell>.error if it fails. A
             cell whose rows are in its `selection.parquet` is done, too.
-        jobs: cells at the same time.
-        say: gets a line a cell.
-        again: whether to run those that are finished, too.
+        jobs: number of cells at the same time.
+        commit: commit of the code, written into each row.
+        say: receives one line per cell.
+        again: whether to run the finished cells as well.
 
     Returns:
         Name -> traceback of the cells that failed; the others have run.
@@ -89,7 +93,6 @@ def run(
     say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    commit = _commit()
     failed = {}
 
     def work(cell: Cell) -> tuple[Cell, str | None]:
@@ -175,8 +178,24 @@ def _run_here(cell: Cell, rows: Path, jobs: int, commit: str) -> None:
         sys.exit(1)
 
 
-def _commit() -> str:
-    """The code's commit, with `-dirty` behind it if it was changed since."""
-    command = ["git", "describe", "--always", "--dirty"]
-    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+def clean_commit(checkout: Path) -> str:
+    """The commit that reproduces a row.
+
+    Raises:
+        RuntimeError: if `checkout` is not in a git repository, or its code differs from the commit.
+    """
+    changed = _git(checkout, "status", "--porcelain", "--", ".", *_NOT_CODE)
+    if changed:
+        raise RuntimeError(
+            f"The code has uncommitted changes:\n{changed}\n"
+            "Commit them first: each row names the commit that reproduces it."
+        )
+    return _git(checkout, "rev-parse", "--short", "HEAD")
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(checkout), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()}")
+    return result.stdout.strip()

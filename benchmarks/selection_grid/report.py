@@ -1,4 +1,4 @@
-"""The comparison as Markdown, of the rows that the grid has measured."""
+"""The comparison of a grid's rows, as Markdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import itemgetter
 from typing import Any
@@ -16,21 +17,23 @@ from .settings import OURS, SCORERS, STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]
+# Rows of earlier grids name a commit with this behind it, if the code was changed since.
+_DIRTY = "-dirty"
 _INTRODUCTION = f"""\
 # Feature selectors compared
 
-Each scorer ranks the features on the same rows of pretraining, the best of them are kept, the
-model is pruned and trained on. Test split; every difference is paired by seed and given as mean
+Each scorer ranks the features on the same pretraining rows. The best are kept, the model is pruned,
+and training continues. Test split; every difference is paired by seed and given as mean
 ± half of its 95% confidence interval (Student's t), with the standard deviation in parentheses;
 bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
 of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
-The best other scorer is the one of the largest mean, some of which is chance.
-Bytes and wall times are relative to full: selection is from choosing rows to scores, total adds the
-prune and the training after it. Rows, relative to full as well, are those trained on until the
-features were scored, and those that went forward through the model for it, in training or not.
+The best other scorer has the largest mean, which is partly chance.
+Bytes, wall times and rows are relative to full. Selection time is from the choice of rows to the
+scores; total time adds the prune and the continued training. Rows are counted until the features
+are scored: rows trained on, and rows that went forward through the model, in training or not.
 Spearman and Jaccard: mean over pairs of seeds, of scores and of kept features. Planted signals are
-those without which the true logit's AUC falls by more than {STRONG:g}: recall is the share of them
-that is kept, precision their share of the kept features.
+the features whose removal lowers the true logit's AUC by more than {STRONG:g}. Recall is the share
+of them that is kept, precision their share of the kept features.
 """
 
 
@@ -131,13 +134,26 @@ def _check_settings(rows: Sequence[_Row]) -> None:
 
 
 def _origin(rows: Sequence[_Row]) -> str:
-    """What the rows were measured with."""
-    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    """The commits and machines that the rows were measured with."""
+    commits = Counter(row["commit"] for row in rows)
+    clean = sorted(commit for commit in commits if not commit.endswith(_DIRTY))
+    bases = sorted(commit.removesuffix(_DIRTY) for commit in commits if commit not in clean)
     machines = {
         f"{row['device']}, {row['threads']} threads a cell, {row['jobs']} cells at a time"
         for row in rows
     }
-    return f"{len(rows)} rows, of commit {commits}; {'; '.join(sorted(machines))}.\n"
+    lines = [f"{len(rows)} rows; {'; '.join(sorted(machines))}."]
+    if clean:
+        count = sum(commits[commit] for commit in clean)
+        lines.append(f"{count} rows were measured at commit {', '.join(clean)}.")
+    if bases:
+        count = len(rows) - sum(commits[commit] for commit in clean)
+        lines.append(
+            f"{count} rows cannot be reproduced exactly: they were measured with uncommitted "
+            f"changes on top of commit {', '.join(bases)}. `benchmarks/selection.py run --again` "
+            "replaces them, and refuses uncommitted changes."
+        )
+    return "\n".join(lines) + "\n"
 
 
 def _summary(groups: Mapping[tuple[str, str], Group]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tests.support.tiny_run import TINY
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 CONFIG = {
-    # Its dropout and its batch norm are a state that a scoring leaves behind as well.
+    # Its dropout and batch norm add state that a scoring leaves behind.
     "model": {"class_path": "MlpBackbone", "init_args": {"embedding_dim": 8, "layers": [16]}},
     "pretrain": TINY["pretrain"],
     "train": TINY["train"],
@@ -33,13 +34,13 @@ SCORERS = {
     "broken": {"scorer": {"class_path": "NoSuchScorer"}},
 }
 FRACTIONS = (0.75, 0.5)
-# Of the real data, the last tenth of them to test on.
+# Number of rows of the real data; the last tenth is the test split.
 ROWS = 60_000
 
 
 @pytest.fixture(scope="module")
 def tiny_grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[Cell]]]:
-    """Where results go, and the cells of two seeds; one scores for its last fraction only."""
+    """Directory of results, and cells of two seeds; one scores for its last fraction only."""
     directory = tmp_path_factory.mktemp("grid")
     prepared = prepare_planted("tiny", TINY["data"]["init_args"], directory / "data")
     cells = grid.cells_of("tiny", prepared, CONFIG, "mlp", SCORERS, range(2), FRACTIONS)
@@ -48,11 +49,11 @@ def tiny_grid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, 
 
 
 @pytest.mark.slow
-def test_a_grid_runs_on_over_a_failing_cell_and_does_not_run_finished_cells_again(
+def test_a_grid_continues_after_a_failing_cell_and_does_not_repeat_finished_cells(
     tiny_grid: tuple[Path, list[Cell]],
 ) -> None:
     directory, cells = tiny_grid
-    failed = grid.run(cells, directory, jobs=2)
+    failed = grid.run(cells, directory, jobs=2, commit="c0ffee")
     assert sorted(failed) == ["tiny-mlp-broken-0", "tiny-mlp-broken-1"]
     assert all("NoSuchScorer" in text for text in failed.values())
 
@@ -64,15 +65,21 @@ def test_a_grid_runs_on_over_a_failing_cell_and_does_not_run_finished_cells_agai
     files = {path: path.stat().st_mtime_ns for path in directory.glob("rows/*.json")}
     assert len(files) == len(cells) - len(failed)
     lines: list[str] = []
-    assert grid.run(cells, directory, jobs=2, say=lines.append).keys() == failed.keys()
+    assert (
+        grid.run(cells, directory, jobs=2, commit="c0ffee", say=lines.append).keys()
+        == failed.keys()
+    )
     assert lines[0] == f"{len(files)} of {len(cells)} cells are finished"
     assert files == {path: path.stat().st_mtime_ns for path in directory.glob("rows/*.json")}
     assert pq.read_table(directory / "selection.parquet").to_pylist() == rows
 
-    # The merged rows alone say as well what is finished.
+    # The merged rows alone are enough to know the finished cells.
     shutil.rmtree(directory / "rows")
     lines.clear()
-    assert grid.run(cells, directory, jobs=2, say=lines.append).keys() == failed.keys()
+    assert (
+        grid.run(cells, directory, jobs=2, commit="c0ffee", say=lines.append).keys()
+        == failed.keys()
+    )
     assert lines[0] == f"{len(files)} of {len(cells)} cells are finished"
     assert pq.read_table(directory / "selection.parquet").to_pylist() == rows
 
@@ -110,7 +117,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def check_restored(rows: list[dict[str, Any]]) -> None:
-    """The second fraction of a scoring is what a scoring for it alone gives, bit for bit."""
+    """The second fraction of a scoring is bit-equal to a scoring for this fraction alone."""
     last = [row for row in rows if (row["seed"], row["fraction"]) == (1, FRACTIONS[1])]
     restored, scored = (
         next(row for row in last if row["scorer"] == name) for name in ("gates", "one fraction")
@@ -142,7 +149,7 @@ def test_a_slice_of_real_data_goes_through_every_phase(tmp_path: Path) -> None:
         prepared = prepare_real(raw, tmp_path / "data")
         cells.append(grid.cells_of(name, prepared, config, "dlrm", scorers, [0], [0.75])[1])
         assert planted(prepared) is None
-    assert grid.run(cells, tmp_path, jobs=2) == {}
+    assert grid.run(cells, tmp_path, jobs=2, commit="c0ffee") == {}
     rows = pq.read_table(tmp_path / "selection.parquet").to_pylist()
     features = {row["data"]: (row["features_total"], row["features_kept"]) for row in rows}
     assert features == {"flights13": (32, 24), "diabetes130": (48, 36), "census_kdd": (40, 30)}
@@ -174,7 +181,7 @@ def test_a_paired_difference_has_the_interval_of_students_t() -> None:
     assert not Estimate.of([-1.0, 1.0, 3.0]).is_clear
 
 
-def test_the_area_is_that_of_trapezoids_which_end_at_the_full_model() -> None:
+def test_the_area_is_the_sum_of_trapezoids_that_end_at_the_full_model() -> None:
     differences = {0.75: 0.01, 0.25: -0.06, 0.5: -0.02}
     assert area(differences) == pytest.approx(0.25 * (-0.04 - 0.005 + 0.005))
     assert area({}) == 0
@@ -217,16 +224,43 @@ def test_the_report_pairs_by_seed_and_relates_costs_to_the_full_model() -> None:
     rows += [row_of("hard_concrete", seed, 0.5, 0.7 + seed / 10) for seed in range(2)]
     text = report(rows)
     # Differences 0.01 and 0.03: mean 0.02, sd 0.01414, and 12.706 / sqrt(2) of it.
-    # Less the 0.7 and 0.8 of the gates: 0.11 and 0.13.
+    # Minus the gates' 0.7 and 0.8: 0.11 and 0.13.
     differences = "+0.0200 ± 0.1271 (0.0141) | +0.1200 ± 0.1271 (0.0141)"
     assert f"| lpfs | 2 | 2 | 0.8700 | {differences} |" in text
     # Half of the kept range, as a triangle; kept sets share one of three features.
     assert "| lpfs | +0.0050 ± 0.0318 (0.0035) | 1.00 | 0.33 |" in text
-    # The best of the others is the only one, and nothing is known of random features.
+    # The only other scorer is the best one, and there is no result for random features.
     short = "**-0.1000 ± 0.0000 (0.0000)** | lpfs, +0.0200 | -0.1200 ± 0.1271 (0.0141) | - |"
     assert f"| clicks | dlrm | 50% | {short} 0.10 | 0.50 |" in text
     assert "| hard_concrete | 2 | 2 | 0.7500 | **-0.1000 ± 0.0000 (0.0000)** |  |" in text
     assert "| 0.6000 | 0.25 | 0.10 | 0.50 | 0.25 | 0.75 | 0e+00 |" in text
+
+
+def test_the_report_says_which_rows_no_commit_reproduces() -> None:
+    rows = [row_of(FULL, 0, 1.0, 0.8), row_of(FULL, 1, 1.0, 0.8, commit="abad1de-dirty")]
+    text = report(rows)
+    assert "1 rows were measured at commit c0ffee." in text
+    assert "1 rows cannot be reproduced exactly" in text
+    assert "uncommitted changes on top of commit abad1de." in text
+
+
+def test_a_grid_of_uncommitted_code_is_refused(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=tester", "-c", "user.email=tester@example.com"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    (tmp_path / "code.py").write_text("")
+    git("add", "code.py")
+    git("commit", "-m", "Add code")
+    # Results are written while the grid runs, and are not code.
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "selection.parquet").write_text("")
+    assert git("rev-parse", "HEAD").startswith(grid.clean_commit(tmp_path))
+    (tmp_path / "code.py").write_text("changed = True")
+    with pytest.raises(RuntimeError, match=r"uncommitted changes:\nM code.py\nCommit them first"):
+        grid.clean_commit(tmp_path)
 
 
 def test_the_report_refuses_rows_of_different_settings() -> None:
