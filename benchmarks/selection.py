@@ -5,8 +5,8 @@
 
 A grid of data sets, backbones, scorers and seeds, each cell a process of its own: one scoring, and
 from it a pruned model at each kept fraction. Names and settings are in selection_grid/settings.py.
-Stopped and started again, it goes on with the cells that are not finished, by results/rows or
-results/selection.parquet; where a scorer's code has changed, `--again` runs its cells nevertheless.
+Started again after a stop, it continues with the unfinished cells, according to results/rows and
+results/selection.parquet. After a change to a scorer, `--again` also runs its finished cells.
 Timings are honest with one job on an idle machine.
 
 The folder of `--data` holds flights13.parquet, diabetes130.parquet and census_kdd.parquet, each

@@ -5,11 +5,12 @@
     python benchmarks/truth.py run --study whole --planted planted24 --seeds 3
     python benchmarks/truth.py report
 
-A run is right if every noise feature goes and every signal stays whose effect adds more than 0.001
-to the AUC of the true logit; redundant copies and weaker signals may go either way. Pretraining
-reads 150,000 rows, 15% of a million; in the study `acceptance`, up to 600,000. Only the study
-`whole` also makes the rest and goes on with it, beside a reference: rows are independent, so what
-is found does not depend on them. Stopped and started again, it goes on where it was.
+A run is right if it drops every noise feature and keeps every signal whose effect adds more than
+0.001 to the AUC of the true logit; redundant copies and weaker signals may go either way.
+Pretraining reads 150,000 rows, 15% of a million; in the study `acceptance`, up to 600,000. Only the
+study `whole` also makes the remaining rows and continues training on them, beside a reference: rows
+are independent, so the selection does not depend on them. Started again after a stop, it continues
+with the unfinished runs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TEST_ROWS = 100_000
 
 ACCEPTED = ["planted24", "planted24_wide", "planted28", "planted60", "planted100"]
 PRETRAINING_ROWS = 150_000
-# Behind those of pretraining, to validate and go on with.
+# After the pretraining rows, for validation and continued training.
 ROWS_BEHIND = 40_000
 
 

@@ -39,6 +39,6 @@ def ranks(request: pytest.FixtureRequest) -> ProcessGroup:
 
 @pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1 rank", "2 ranks"])
 def run_ranks(request: pytest.FixtureRequest) -> ProcessGroup:
-    """Two ranks; for whole runs, which need seconds, one rank is tested in the second tier."""
+    """Two ranks, for whole runs, which take seconds; one rank is in the second tier of tests."""
     group: ProcessGroup = request.getfixturevalue(f"ranks_{request.param}")
     return group

@@ -1,4 +1,4 @@
-"""The sdist and the wheel that is built from it install and run outside of the checkout."""
+"""The wheel built from the sdist installs and runs outside the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pyproject.toml, the Makefile and the doctor say agrees, and the package keeps to it."""
+"""pyproject.toml, the Makefile and the doctor agree, and the package complies with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ else:
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# What a user brings along or takes from an extra.
+# Packages that a user installs beforehand or through an extra.
 PLATFORM = {"torch", "torchrec", "fbgemm_gpu", "torchmetrics"}
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
 
@@ -134,7 +134,7 @@ def test_setup_refuses_an_unsupported_python(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_setup_names_the_package_that_brings_venv(tmp_path: Path) -> None:
+def test_setup_names_the_package_that_provides_venv(tmp_path: Path) -> None:
     fake = tmp_path / "python3"
     fake.write_text(
         f'#!/bin/sh\ncase "$2" in *ensurepip*) exit 1;; esac\nexec {sys.executable} "$@"\n'
@@ -147,7 +147,7 @@ def test_setup_names_the_package_that_brings_venv(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
-def test_setup_without_a_choice_never_asks_pip_to_resolve_torchrec(tmp_path: Path) -> None:
+def test_default_setup_never_asks_pip_to_resolve_torchrec(tmp_path: Path) -> None:
     done = _make("-n", "setup", f"VENV={tmp_path}/venv", "TORCH=2.11.0", "TORCHREC=1.6.1")
     installs = [line for line in done.stdout.splitlines() if "pip install" in line]
     assert len(installs) == 3, done.stdout

@@ -20,7 +20,7 @@ from torchrec_fmp import paths
 
 
 class _BucketHandler(PathHandler):
-    """`bucket://name` is a file of one local directory."""
+    """Maps `bucket://name` to a file in a local directory."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _QuietRequests(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str, str]]:
-    """A directory and the port's URL under two host names that both reach it."""
+    """A directory and its URL under two host names that both reach it."""
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "served"
     root.mkdir()
@@ -102,7 +102,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Pa
         lambda path: paths.write_atomically(path).__enter__(),
     ],
 )
-def test_unknown_scheme_is_refused_with_the_registered_ones_and_the_way_to_add_one(
+def test_unknown_scheme_is_refused_with_the_registered_schemes_and_how_to_add_one(
     path: str, use: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -118,7 +118,7 @@ def test_a_name_without_a_scheme_is_a_local_path(name: str) -> None:
     assert not paths.exists(f"no_such_directory/{name}")
 
 
-def test_what_is_written_is_read_back_as_utf8(tmp_path: Path) -> None:
+def test_text_is_written_and_read_as_utf8(tmp_path: Path) -> None:
     path = paths.join(str(tmp_path), "a", "b.txt")
     paths.make_directories(os.path.dirname(path))
     with paths.open_path(path, "w") as file:
@@ -128,7 +128,7 @@ def test_what_is_written_is_read_back_as_utf8(tmp_path: Path) -> None:
         assert file.read() == "é".encode()
 
 
-def test_list_files_is_sorted_and_leaves_out_metadata_and_directories(tmp_path: Path) -> None:
+def test_list_files_is_sorted_and_omits_metadata_and_directories(tmp_path: Path) -> None:
     for name in ["b.parquet", "a.parquet", "c.csv", "_SUCCESS", ".a.parquet.crc"]:
         (tmp_path / name).touch()
     (tmp_path / "d.parquet").mkdir()
@@ -144,7 +144,7 @@ def test_list_files_of_a_file_is_the_file_whatever_its_suffix(tmp_path: Path) ->
     assert paths.list_files(path, ".parquet") == [path]
 
 
-def test_list_files_of_nothing_names_the_path(tmp_path: Path) -> None:
+def test_list_files_of_a_missing_path_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no_such_place"):
         paths.list_files(str(tmp_path / "no_such_place"))
 

@@ -1,4 +1,4 @@
-"""The public names of the package resolve, late, and to what they name."""
+"""The public names of the package resolve lazily, and to the objects that they name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def in_a_new_process(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_public_name_is_the_object_of_its_module_even_when_all_modules_are_imported() -> None:
+def test_public_names_are_the_objects_of_their_modules_even_with_all_modules_imported() -> None:
     modules = submodules()
     assert len(modules) > 30
     for name in torchrec_fmp.__all__:
@@ -60,7 +60,7 @@ def test_an_unknown_name_is_an_attribute_error_that_names_it() -> None:
         _ = torchrec_fmp.prnue
 
 
-def test_importing_the_package_and_its_command_line_imports_no_torch() -> None:
+def test_importing_the_package_and_its_command_line_does_not_import_torch() -> None:
     in_a_new_process(
         "import sys, torchrec_fmp, torchrec_fmp.cli\n"
         "assert not {'torch', 'torchrec', 'fbgemm_gpu', 'pyarrow'} & sys.modules.keys()"

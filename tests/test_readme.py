@@ -25,7 +25,7 @@ COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if l
 
 
 def small(command: str, out: Path) -> list[str]:
-    """The command's words, its demo runs on less data and its outputs below `out`."""
+    """Words of the command, with less data for the demo and outputs below `out`."""
     words = shlex.split(command)
     words = [str(out / word) if word.startswith(("runs/", "data/")) else word for word in words]
     if words[0] == "torchx":
@@ -106,7 +106,7 @@ def test_snippets_of_the_readme_run_and_find_the_features_that_matter(tmp_path: 
     assert {"f0", "price"} <= set(kept) and len(kept) < 6, run.stdout
 
 
-def test_every_place_that_the_readme_names_exists() -> None:
+def test_every_path_named_in_the_readme_exists() -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     tree = README.split("## Where things are\n\n```\n")[1].split("```")[0]
     named = re.findall(r"(?<![\w/.])([a-z_]+(?:\.py|/))(?=\s)", tree)

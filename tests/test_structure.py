@@ -1,4 +1,4 @@
-"""The package's structure: what may touch what. `make lint` checks the direction of imports."""
+"""Structure of the package, except the direction of imports, which `make lint` checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torchrec_fmp
 PACKAGE = Path(torchrec_fmp.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LOOSE = {"__init__.py", "paths.py", "strict.py"}
-# Private names of other projects than TorchRec and FBGEMM, each in the one file that needs it.
+# Private names of projects other than TorchRec and FBGEMM, each in the one file that needs it.
 ELSEWHERE = {
     "embeddings/compiled.py": {"_compiled_call_impl", "_modules", "_orig_mod"},  # torch
     "paths.py": {"_path_handlers"},  # iopath
@@ -38,7 +38,7 @@ def own_names() -> frozenset[str]:
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
-    """Private attributes that are read from or set on anything but `self` and `cls`."""
+    """Private attributes that are read from or set on anything except `self` and `cls`."""
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
@@ -65,7 +65,7 @@ def seam_names() -> set[str]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_private_names_of_other_projects_are_touched_in_their_one_file(file: Path) -> None:
+def test_private_names_of_other_projects_are_used_only_in_their_designated_file(file: Path) -> None:
     place = str(file.relative_to(PACKAGE))
     if place == "embeddings/seams.py":
         return
@@ -76,17 +76,17 @@ def test_private_names_of_other_projects_are_touched_in_their_one_file(file: Pat
     assert not set(strings(tree)) & seam_names()
 
 
-def test_nothing_but_paths_and_strict_configuration_is_loose_in_the_package() -> None:
+def test_only_paths_and_strict_configuration_are_top_level_modules() -> None:
     assert {file.name for file in PACKAGE.glob("*.py")} == LOOSE
 
 
-def test_every_folder_says_in_one_line_what_it_is() -> None:
+def test_every_folder_has_a_docstring() -> None:
     for folder in {file.parent for file in FILES}:
         document = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert document, folder
 
 
-def test_a_file_has_one_noun_and_at_most_400_lines() -> None:
+def test_no_file_has_more_than_400_lines() -> None:
     long = {str(file.relative_to(PACKAGE)): n for file in FILES if (n := lines_of(file)) > 400}
     assert not long
 

@@ -1,7 +1,7 @@
 """One cell: a data set, a backbone, a scorer and a seed, at every kept fraction.
 
 The features are scored once. For each fraction a run of its own is then brought to where the
-scoring left the model, and prunes and goes on from there.
+scoring left the model, and prunes and continues from there.
 """
 
 from __future__ import annotations
@@ -73,11 +73,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured at one kept fraction; of the full model at 1.
+    """The measurements at one kept fraction; those of the full model at 1.
 
     Args:
-        auc: of the final model, as logloss and ne are; the test split.
-        pruned_auc: before it went on, as pruned_logloss and pruned_ne.
+        auc: AUC of the final model on the test split; logloss and ne likewise.
+        pruned_auc: AUC before continued training; pruned_logloss and pruned_ne likewise.
         selection_seconds: wall time of choosing rows, pretraining and scoring; no seconds contain
             the evaluation.
         prune_seconds: wall time of the prune.

@@ -105,7 +105,7 @@ def run(
                     failed[cell.name] = error
                 say(f"{count} of {len(todo)} {cell.name} {'failed' if error else 'done'}")
         finally:
-            # Interrupted, it would otherwise go on with the cells that are waiting.
+            # Otherwise an interrupted pool would still run the waiting cells.
             pool.shutdown(cancel_futures=True)
             merge(out)
     return failed

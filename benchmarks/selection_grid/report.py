@@ -263,7 +263,7 @@ def _against_full(group: Group, fraction: float) -> str:
     """A scorer a line, the best AUC first."""
     header = [
         *("scorer", "seeds", "features", "AUC", "AUC difference", f"AUC less {OURS}'s"),
-        *("logloss difference", "NE difference", "AUC before going on", "table bytes"),
+        *("logloss difference", "NE difference", "AUC pruned", "table bytes"),
         *("selection time", "total time", "rows trained on", "rows forward", "parity"),
     ]
     present = [name for name in group.scorers if group.rows(name, fraction)]

@@ -25,7 +25,7 @@ from torchrec_fmp.training.train import Progress
 class ScoredOnce(Scorer):
     """Scores the first job that it is given, and brings every later one to where that one was left.
 
-    A job of the same config and seed that is brought there prunes and goes on, bit for bit, as if
+    A job of the same config and seed that is brought there prunes and continues, bit for bit, as if
     it had been scored itself. For one rank.
 
     Args:

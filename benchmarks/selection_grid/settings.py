@@ -118,8 +118,8 @@ SCORERS: dict[str, dict[str, dict[str, Any]]] = {
     "random": {"scorer": {"class_path": "RandomScorer"}},
 }
 
-# Hard concrete gates again, with one thing changed: see docs/method.md. Those that change how
-# training goes on, or the target, are for one kept fraction, as a scoring is shared by all.
+# Hard concrete gates again, with one thing changed: see docs/method.md. Variants of continued
+# training, or of the target, run at one kept fraction, because all fractions share a scoring.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "started_open": {
         "gates": {"initial_log_alpha": 1.5},

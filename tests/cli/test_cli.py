@@ -1,4 +1,4 @@
-"""The command line: exit statuses, errors in one line, and the way from raw files to a run."""
+"""The command line: exit statuses, one-line errors, and the path from raw files to a run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows(data: Dataset, split: str) -> pa.Table:
 
 
 def parquet_data(directory: Path, train: pa.Table, **columns: int) -> dict[str, Any]:
-    """Writes both splits; the section of the configuration that reads them."""
+    """Writes both splits and returns the section of the configuration that reads them."""
     for name, table in (("train", train), ("test", rows(DATA, "test"))):
         pq.write_table(table, directory / f"{name}.parquet")
     sparse = {column.name: column.num_embeddings for column in DATA.schema.sparse}
@@ -72,7 +72,7 @@ def parquet_data(directory: Path, train: pa.Table, **columns: int) -> dict[str, 
         ({}, ["stray"], "unrecognized arguments: stray"),
     ],
 )
-def test_a_wrong_configuration_is_status_2_one_line_and_leaves_nothing(
+def test_invalid_configuration_exits_with_status_2_and_one_line_and_writes_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     settings: dict[str, Any],
@@ -88,7 +88,7 @@ def test_a_wrong_configuration_is_status_2_one_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", ["absent.yaml", "."])
-def test_a_configuration_that_cannot_be_read_is_status_2_and_named(
+def test_unreadable_configuration_exits_with_status_2_and_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = str(tmp_path / name)
@@ -100,16 +100,16 @@ def test_a_configuration_that_cannot_be_read_is_status_2_and_named(
 @pytest.mark.parametrize(
     "arguments", [[], ["rnu"], ["run"], ["run", "a.yaml"], ["doctor", "--fix"], ["prepare"]]
 )
-def test_wrong_arguments_are_status_2(arguments: list[str]) -> None:
+def test_invalid_arguments_exit_with_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
 
 
-def test_seeds_are_compared_and_each_is_the_run_of_that_seed(
+def test_evaluate_compares_seeds_and_each_matches_a_run_with_that_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A penalty with state, which one seed must not hand on to the next.
+    # A penalty with state, which must not carry over from one seed to the next.
     penalty = {"class_path": "TargetPenalty", "init_args": {"keep": 0.5, "learning_rate": 0.01}}
     config = write_config(tmp_path, tiny(scorer__init_args__penalty=penalty))
     out, one = tmp_path / "out", tmp_path / "one"
@@ -136,7 +136,7 @@ def test_seeds_are_compared_and_each_is_the_run_of_that_seed(
         (["--train.batchsize", "8"], r"Did you mean 'train\.batch_size'\?"),
     ],
 )
-def test_wrong_arguments_of_evaluate_are_status_2_and_leave_nothing(
+def test_invalid_evaluate_arguments_exit_with_status_2_and_write_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "out"
@@ -148,7 +148,7 @@ def test_wrong_arguments_of_evaluate_are_status_2_and_leave_nothing(
 
 
 @pytest.mark.parametrize("verb", ["run", "evaluate"])
-def test_a_run_directory_in_use_is_status_1_and_stays_as_it_is(
+def test_a_run_directory_in_use_exits_with_status_1_and_is_unchanged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
     out = tmp_path / "out"
@@ -160,7 +160,7 @@ def test_a_run_directory_in_use_is_status_1_and_stays_as_it_is(
     assert (out / "result.json").read_text() == "precious"
 
 
-def test_too_few_rows_are_status_1_and_say_what_to_change(
+def test_too_few_rows_exit_with_status_1_and_say_what_to_change(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = write_config(tmp_path, tiny(data__init_args__rows=50))
@@ -171,7 +171,7 @@ def test_too_few_rows_are_status_1_and_say_what_to_change(
     assert not (tmp_path / "out" / "result.json").exists()
 
 
-def test_bad_input_is_status_1_and_names_file_column_and_row(
+def test_bad_input_exits_with_status_1_and_names_file_column_and_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = rows(DATA, "train")
@@ -243,7 +243,7 @@ def test_from_raw_csv_to_a_pruned_model(tmp_path: Path, capsys: pytest.CaptureFi
         (["--label", "clicked"], 1, "clicked"),
     ],
 )
-def test_prepare_tells_wrong_options_from_wrong_files(
+def test_prepare_distinguishes_invalid_options_from_invalid_files(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
@@ -259,12 +259,14 @@ def test_prepare_tells_wrong_options_from_wrong_files(
 
 
 @pytest.mark.parametrize("status", [0, 1])
-def test_doctor_ends_with_the_doctors_status(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_command_exits_with_the_doctors_status(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "main", lambda arguments: status)
     assert main(["doctor"]) == status
 
 
-def test_the_module_is_the_command(tmp_path: Path) -> None:
+def test_running_the_module_runs_the_command(tmp_path: Path) -> None:
     arguments = ["run", str(tmp_path / "absent.yaml"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-m", "torchrec_fmp.cli", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

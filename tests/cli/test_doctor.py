@@ -1,4 +1,4 @@
-"""The doctor accepts every supported set, and what it prescribes for another one cures it."""
+"""The doctor accepts every supported set, and its fixes repair any other set."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _errors(findings: list[Finding]) -> list[Finding]:
 
 
 def _apply(fix: str, versions: Versions) -> Versions:
-    """What pip would leave installed after the commands of `fix`."""
+    """Versions that would be installed after the pip commands of `fix`."""
     after = dict(versions)
     for command in fix.split(" && "):
         if command.startswith("pip uninstall -y "):
@@ -78,7 +78,7 @@ _installed = st.fixed_dictionaries(
 
 
 @given(_installed)
-def test_a_set_is_accepted_exactly_if_it_is_one_triple(versions: Versions) -> None:
+def test_a_set_is_accepted_if_and_only_if_it_is_a_supported_triple(versions: Versions) -> None:
     def minor(name: str) -> str:
         return ".".join((versions[name] or "").split(".")[:2])
 
@@ -103,7 +103,7 @@ def test_the_fixes_lead_to_a_supported_set(versions: Versions) -> None:
 
 
 @given(_installed)
-def test_a_torch_that_some_torchrec_fits_is_kept(versions: Versions) -> None:
+def test_a_supported_torch_is_kept(versions: Versions) -> None:
     torch = ".".join((versions["torch"] or "").split(".")[:2])
     if torch in doctor.SUPPORTED.values():
         for finding in doctor.check_versions(versions):
@@ -127,7 +127,7 @@ def test_a_mismatched_pair_is_named(torch: str, torchrec: str) -> None:
     assert (f"torchrec: {torchrec}.0, supported are" in text) == (torchrec in ("1.5", "1.10"))
 
 
-def test_an_fbgemm_of_another_number_is_named_with_the_right_one() -> None:
+def test_a_mismatched_fbgemm_version_is_reported_with_the_right_one() -> None:
     problems = _problems(doctor.check_versions(_good() | {"fbgemm-gpu-cpu": "1.7.0"}))
     assert "fbgemm-gpu-cpu 1.7.0, but torchrec 1.8.0" in problems["fbgemm"].found
     assert "fbgemm-gpu-cpu~=1.8.0" in problems["fbgemm"].fix
@@ -140,13 +140,13 @@ def test_two_builds_of_fbgemm_are_both_removed_before_one_is_installed() -> None
 
 
 @pytest.mark.parametrize("missing", ["torch", "torchrec", "fbgemm-gpu-cpu", "torchmetrics"])
-def test_each_missing_part_is_an_error(missing: str) -> None:
+def test_each_missing_package_is_an_error(missing: str) -> None:
     problems = _problems(doctor.check_versions(_good() | {missing: None}))
     assert list(problems) == [missing.removesuffix("-gpu-cpu")]
     assert problems[missing.removesuffix("-gpu-cpu")].found.startswith("not installed")
 
 
-def test_a_cpu_install_is_never_told_to_let_pip_resolve_torchrec() -> None:
+def test_the_fix_for_a_cpu_install_never_lets_pip_resolve_torchrec() -> None:
     # torchrec's metadata would bring the CUDA build of fbgemm.
     problems = _problems(doctor.check_versions(_good() | {"torchrec": None}))
     assert "pip install --no-deps torchrec~=1.8.0" in problems["torchrec"].fix
@@ -168,7 +168,7 @@ def test_a_nightly_or_prerelease_is_a_warning(name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "pin"), [("torchmetrics", "1.0.3"), ("torchx", "0.7.0")])
-def test_another_version_than_the_pinned_is_a_warning(name: str, pin: str) -> None:
+def test_a_version_other_than_the_pinned_one_is_a_warning(name: str, pin: str) -> None:
     problems = _problems(doctor.check_versions(_good() | {name: "1.4.0"}))
     assert problems[name] == Finding(
         name, "warning", problems[name].found, f"pip install {name}=={pin}"
@@ -216,13 +216,17 @@ def test_a_real_crash_of_the_interpreter_is_a_finding(monkeypatch: pytest.Monkey
     assert (finding.level, "SIGABRT" in finding.found) == ("error", True)
 
 
-def test_wrong_versions_are_repaired_before_the_import(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_import_error_with_wrong_versions_says_to_fix_the_versions_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _probe_gives(monkeypatch, 1, stderr="ImportError: x")
     (finding,) = doctor.check_runtime(_good() | {"torch": "2.11.0"})
     assert finding.fix == "repair the versions named above first"
 
 
-def test_a_gpu_with_the_cpu_build_is_told_the_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cuda_build_is_suggested_for_a_gpu_with_the_cpu_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     _probe_gives(monkeypatch, 0, stdout='noise\n{"gpus": 8, "gloo": true}\n')
     problems = _problems(doctor.check_runtime(_good()))
     assert _apply(problems["cuda"].fix, _good())["fbgemm-gpu"] == "1.8.0"
@@ -234,7 +238,7 @@ def test_a_torch_without_gloo_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert [finding.name for finding in _errors(doctor.check_runtime(_good()))] == ["gloo"]
 
 
-def test_the_report_gives_each_problem_its_fix_on_the_next_line() -> None:
+def test_the_report_shows_each_fix_on_the_line_after_its_problem() -> None:
     ok, bad = Finding("a", "ok", "1"), Finding("b", "error", "2", "do it")
     assert doctor.report([ok, bad]) == "ok       a: 1\nerror    b: 2\n         fix: do it\n"
 
@@ -252,7 +256,7 @@ def test_this_environment_passes() -> None:
     assert not _errors(doctor.diagnose())
 
 
-def test_the_doctor_needs_no_torch() -> None:
+def test_the_doctor_runs_without_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = sys.modules['torchrec'] = None\n"
         "from torchrec_fmp.cli import doctor; doctor.check_versions(doctor.installed_versions())"

@@ -27,7 +27,7 @@ def decode_table(content: pa.Table, bad_input: BadInput = "raise") -> Rows:
 
 
 def bags(rows: Rows) -> list[list[int]]:
-    """The rows' bags by way of a batch."""
+    """Bags of the rows, read from a batch."""
     features = make_batch([rows], len(rows), SCHEMA.dense, SCHEMA.sparse_names).sparse_features
     values = iter(features.values().tolist())
     return [[next(values) for _ in range(length)] for length in features.lengths().tolist()]
@@ -36,7 +36,7 @@ def bags(rows: Rows) -> list[list[int]]:
 @pytest.mark.parametrize(
     "kind", [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint32(), pa.uint64()]
 )
-def test_ids_of_any_integer_type_are_read_as_they_are(kind: pa.DataType) -> None:
+def test_ids_of_any_integer_type_are_read_unchanged(kind: pa.DataType) -> None:
     assert bags(decode_table(table(s=pa.array([0, 99, 7], kind)))) == [[0], [99], [7]]
     lists = pa.array([[0, 99], [], [7]], pa.list_(kind))
     assert bags(decode_table(table(s=lists))) == [[0, 99], [], [7]]
@@ -44,7 +44,7 @@ def test_ids_of_any_integer_type_are_read_as_they_are(kind: pa.DataType) -> None
 
 @pytest.mark.parametrize("kind", [pa.int8(), pa.int16(), pa.int32(), pa.int64()])
 @pytest.mark.parametrize("num_embeddings", [1, 100, 1000, 2**40])
-def test_a_negative_id_is_found_whatever_type_and_limit(
+def test_a_negative_id_is_found_for_any_type_and_limit(
     kind: pa.DataType, num_embeddings: int
 ) -> None:
     schema = Schema(label="y", dense=("d",), sparse=(SparseColumn("s", num_embeddings),))
@@ -56,7 +56,7 @@ def test_a_negative_id_is_found_whatever_type_and_limit(
 @pytest.mark.parametrize(
     "kind", [pa.list_(pa.int64()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 2)]
 )
-def test_lists_are_read_also_from_a_slice(kind: pa.DataType) -> None:
+def test_lists_are_read_from_a_sliced_table(kind: pa.DataType) -> None:
     content = table(s=pa.array([[1, 2], [3, 4], [5, 6]], kind)).slice(1, 2)
     assert bags(decode_table(content)) == [[3, 4], [5, 6]]
 
@@ -82,7 +82,7 @@ def test_the_hash_is_the_same_in_every_release() -> None:
     ]
 
 
-def test_a_column_without_any_value_is_read_as_its_rows_say() -> None:
+def test_a_column_without_values_is_read_as_empty_bags_or_nulls() -> None:
     assert bags(decode_table(table(s=[[], []]))) == [[], []]
     assert bags(decode_table(table(s=[None, None]), "replace")) == [[0], [0]]
     with pytest.raises(DataError, match="column 's', row 1000: null"):
@@ -125,7 +125,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("columns", "message", "replaced"), BAD)
-def test_a_bad_id_is_named_or_replaced_and_counted(
+def test_a_bad_id_is_reported_or_replaced_and_counted(
     columns: dict[str, Any], message: str, replaced: list[list[int]]
 ) -> None:
     with pytest.raises(DataError, match="^f.parquet, .*" + message):
@@ -144,7 +144,7 @@ def test_a_bad_id_is_named_or_replaced_and_counted(
         (1e300, r"not finite in float32 \(1e\+300\)"),
     ],
 )
-def test_a_bad_dense_value_is_named_or_replaced_and_counted(
+def test_a_bad_dense_value_is_reported_or_replaced_and_counted(
     value: float | None, message: str
 ) -> None:
     content = table(d=[1.5, 2.5, value], s=[0, 0, 0])
@@ -176,12 +176,14 @@ def test_a_bad_label_is_an_error_even_where_bad_input_is_replaced(
         ({"other": [0, 0]}, "column 's': there is no such column.*y, d, other"),
     ],
 )
-def test_a_missing_column_or_a_wrong_type_is_named(columns: dict[str, Any], message: str) -> None:
+def test_a_missing_column_or_a_wrong_type_is_an_error(
+    columns: dict[str, Any], message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         decode_table(table(**columns))
 
 
-def test_a_column_that_is_there_twice_is_an_error() -> None:
+def test_a_duplicate_column_is_an_error() -> None:
     content = table(s=[0, 0]).append_column("s", pa.array([1, 1]))
     with pytest.raises(DataError, match="column 's': 2 columns have this name"):
         decode_table(content)

@@ -47,14 +47,14 @@ def test_every_line_is_one_row_for_any_block_size(
     assert ids == list(range(count))
 
 
-def test_a_block_is_little_more_than_asked_for(tmp_path: Path) -> None:
+def test_a_block_exceeds_block_bytes_by_at_most_one_line(tmp_path: Path) -> None:
     file = write(tmp_path / "1.csv", HEADER + lines(0, 500))
     source = CsvSource([file], SCHEMA, hashed=["t"], block_bytes=256)
     longest = max(len(line) for line in lines(0, 500).splitlines())
     assert all(group.rows * 8 < 256 + longest for group in source.row_groups)
 
 
-def test_named_columns_and_a_delimiter_read_files_without_a_header(tmp_path: Path) -> None:
+def test_files_without_a_header_are_read_with_given_columns_and_delimiter(tmp_path: Path) -> None:
     write(tmp_path / "train.tsv", "1\t0.5\t3\t\n0\tinf\t4\tb c\n")
     write(tmp_path / "test.tsv", "1\t0.5\t3\ta\n")
     dataset = CsvDataset(
@@ -106,7 +106,7 @@ GOOD = lines(0, 5)
     ],
 )
 @pytest.mark.parametrize("block_bytes", [1, 40, 1 << 20])
-def test_a_bad_line_is_an_error_that_says_where(
+def test_the_error_for_a_bad_line_names_its_location(
     tmp_path: Path, line: str, message: str, block_bytes: int
 ) -> None:
     file = write(tmp_path / "1.csv", HEADER + GOOD + line + lines(6, 5))
@@ -137,7 +137,7 @@ def test_text_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
         read_all(CsvSource([str(tmp_path / "1.csv")], SCHEMA, hashed=["t"]))
 
 
-def test_a_file_that_is_not_there_is_an_error() -> None:
+def test_a_missing_file_is_an_error() -> None:
     with pytest.raises(DataError, match="no_such.csv: the file cannot be read"):
         CsvSource(["no_such.csv"], SCHEMA)
 

@@ -44,7 +44,7 @@ def test_every_rank_gets_exactly_its_quota(group_rows: list[int], world_size: in
 
 
 @given(groups, world_sizes)
-def test_groups_are_cut_at_most_once_for_each_rank_but_the_last(
+def test_groups_are_cut_fewer_times_than_there_are_ranks(
     group_rows: list[int], world_size: int
 ) -> None:
     division = divide(group_rows, world_size, range(len(group_rows)))

@@ -45,7 +45,7 @@ def test_only_the_columns_of_the_schema_are_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_threads_read_the_same_as_one(tmp_path: Path, shuffle: bool) -> None:
+def test_the_number_of_workers_does_not_change_the_rows_read(tmp_path: Path, shuffle: bool) -> None:
     files = [write(tmp_path / f"{n}.parquet", 20 * n, 20, 3) for n in range(4)]
 
     def ids(workers: int) -> list[int]:
@@ -72,7 +72,7 @@ def test_a_prepared_directory_gives_its_schema_and_both_splits(tmp_path: Path) -
     assert first.dense_features[:, 0].tolist() == list(range(9))
 
 
-def test_any_parquet_is_read_by_the_columns_named(tmp_path: Path) -> None:
+def test_any_parquet_file_is_read_by_column_name(tmp_path: Path) -> None:
     write(tmp_path / "part" / "1.parquet", 0, 6)
     dataset = ParquetDataset(
         train=[str(tmp_path / "part")],
@@ -100,7 +100,7 @@ def test_a_column_of_the_wrong_type_is_an_error_before_any_row_is_read(tmp_path:
         ParquetSource([file], SCHEMA)
 
 
-def test_a_bad_value_is_named_by_its_row_in_its_file(tmp_path: Path) -> None:
+def test_a_bad_value_is_reported_with_its_row_in_the_file(tmp_path: Path) -> None:
     files = [write(tmp_path / "1.parquet", 0, 6)]
     files.append(write(tmp_path / "2.parquet", 6, 6, s=[1, 2, 3, 4, 5, 1000]))
     reader = Reader(ParquetSource(files, SCHEMA), SCHEMA, shuffle=True)
@@ -122,7 +122,7 @@ def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
         ParquetSource([str(file)], SCHEMA)
 
 
-def test_a_file_cut_in_its_middle_is_an_error_that_names_the_row(tmp_path: Path) -> None:
+def test_a_file_damaged_in_the_middle_is_an_error_that_names_the_row(tmp_path: Path) -> None:
     file = Path(write(tmp_path / "1.parquet", 0, 600, 300))
     content = file.read_bytes()
     start = pq.ParquetFile(file).metadata.row_group(1).column(0).dictionary_page_offset

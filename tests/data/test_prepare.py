@@ -1,4 +1,4 @@
-"""`prepare` as a whole: what it writes, from any table, and that it appears whole or not at all."""
+"""`prepare` as a whole: its output for any table, which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_split(tmp_path: Path, split: str) -> dict[str, list]:
     return pq.read_table(tmp_path / "out" / split / "part-00000.parquet").to_pydict()
 
 
-def test_ids_are_by_descending_count_in_the_training_rows_ties_by_value(tmp_path):
+def test_ids_are_assigned_by_descending_training_count_with_ties_by_value(tmp_path):
     file = write_parquet(
         tmp_path / "raw.parquet",
         y=[0, 1, 0, 1, 0, 1, 0, 1],
@@ -107,7 +107,7 @@ def test_sparse_columns_of_any_plain_type_get_ids(tmp_path, values):
     assert read_split(tmp_path, "train")["a"] == [1, 2, 1]
 
 
-def test_dense_columns_are_log_transformed_and_missing_is_zero(tmp_path):
+def test_dense_columns_are_log_transformed_and_missing_values_become_zero(tmp_path):
     columns = {"y": [0] * 4, "d": [3.0, -3.0, None, 0.0], "a": [1] * 4, "t": [0, 0, 0, 1]}
     file = write_parquet(tmp_path / "raw.parquet", **columns)
     schema = prepare(config_for(tmp_path, file, dense=["d"]))
@@ -124,7 +124,7 @@ def test_log_transform_can_be_switched_off(tmp_path):
     assert read_split(tmp_path, "train")["d"] == [3.0, -2.5]
 
 
-def test_types_on_disk_are_those_that_training_reads(tmp_path):
+def test_types_on_disk_are_the_types_that_training_reads(tmp_path):
     file = write_parquet(
         tmp_path / "raw.parquet", y=["0", "1"], d=[1, 2], a=["u", "v"], b=[["u"], []], t=["0", "1"]
     )
@@ -140,7 +140,7 @@ def test_types_on_disk_are_those_that_training_reads(tmp_path):
     assert parquet.metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_row_groups_have_the_size_asked_for(tmp_path):
+def test_row_groups_have_the_requested_size(tmp_path):
     file = write_parquet(tmp_path / "raw.parquet", y=[0] * 11, a=[1] * 11, t=[0] * 10 + [1])
     prepare(config_for(tmp_path, file, row_group_rows=4))
     metadata = pq.read_metadata(tmp_path / "out" / "train" / "part-00000.parquet")
@@ -159,7 +159,7 @@ def test_saved_schema_and_vocabulary_reproduce_the_ids_on_disk(tmp_path):
     assert saved == {"value": ["x", "q", "y"], "id": [1, 2, 3], "count": [2, 1, 1]}
 
 
-def test_hashing_needs_no_vocabulary_and_stays_below_the_buckets(tmp_path):
+def test_hashing_writes_no_vocabulary_and_ids_stay_below_hash_buckets(tmp_path):
     file = write_parquet(
         tmp_path / "raw.parquet", y=[0] * 6, a=["p", "q", "r", "p", None, "p"], t=[0] * 5 + [1]
     )
@@ -181,7 +181,7 @@ def test_hashing_needs_no_vocabulary_and_stays_below_the_buckets(tmp_path):
     files=st.integers(1, 3),
     seed=st.integers(0, 5),
 )
-def test_no_row_is_lost_changed_or_reordered_however_files_are_cut(rows, files, seed):
+def test_no_row_is_lost_changed_or_reordered_for_any_division_into_files(rows, files, seed):
     with tempfile.TemporaryDirectory() as directory:
         tmp_path = Path(directory)
         flags = np.random.default_rng(seed).permutation([0, 1] * len(rows))[: len(rows)]
@@ -217,7 +217,7 @@ def test_no_row_is_lost_changed_or_reordered_however_files_are_cut(rows, files, 
             ]
 
 
-def test_an_existing_directory_is_left_alone(tmp_path):
+def test_a_non_empty_output_directory_is_refused_and_unchanged(tmp_path):
     file = write_parquet(tmp_path / "raw.parquet", y=[0, 1], a=[1, 2], t=[0, 1])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
@@ -226,7 +226,7 @@ def test_an_existing_directory_is_left_alone(tmp_path):
     assert os.listdir(tmp_path / "out") == ["precious"]
 
 
-def test_an_empty_directory_is_filled(tmp_path):
+def test_an_empty_output_directory_is_used(tmp_path):
     file = write_parquet(tmp_path / "raw.parquet", y=[0, 1], a=[1, 2], t=[0, 1])
     (tmp_path / "out").mkdir()
     prepare(config_for(tmp_path, file))

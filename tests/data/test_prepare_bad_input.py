@@ -1,4 +1,4 @@
-"""Raw files that cannot be used: every error names the file, the place, the value, the remedy."""
+"""Invalid raw files: every error names the file, the place, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def parquet_config(tmp_path: Path, *tables: pa.Table, **options) -> PrepareConfi
         ("0,1,x\n", r"raw.csv: split order leaves the test split empty. Change split"),
     ],
 )
-def test_bad_rows_are_named_with_file_column_and_row(tmp_path, rows, message):
+def test_errors_for_bad_rows_name_file_column_and_row(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         prepare(csv_config(tmp_path, "y,d,a\n" + rows))
     assert os.listdir(tmp_path) == ["raw.csv"]
 
 
-def test_rows_are_counted_within_the_file_beyond_its_first_block(tmp_path, monkeypatch):
+def test_row_numbers_count_from_the_start_of_the_file_beyond_its_first_block(tmp_path, monkeypatch):
     monkeypatch.setattr(delimited, "_BLOCK_BYTES", 64)
     for name, last in (("0.csv", "0,1,x"), ("1.csv", "0,oops,x")):
         (tmp_path / name).write_text("y,d,a\n" + "0,1,x\n" * 100 + last + "\n")
@@ -85,7 +85,7 @@ def test_a_line_with_too_few_fields_is_found_beyond_the_first_block(tmp_path, mo
 
 
 @pytest.mark.parametrize("option", ["label", "dense", "sparse", "split_column"])
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, option):
+def test_the_error_for_a_missing_column_lists_the_columns_of_the_file(tmp_path, option):
     options = {"label": "nope", "dense": ["nope"], "sparse": ["nope"], "split_column": "nope"}
     chosen = {option: options[option]}
     if option == "split_column":
@@ -95,7 +95,7 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path, option):
         prepare(csv_config(tmp_path, "y,d,a\n0,1,x\n1,2,z\n", **chosen))
 
 
-def test_a_column_name_that_occurs_twice_is_refused(tmp_path):
+def test_a_duplicate_column_name_is_refused(tmp_path):
     with pytest.raises(DataError, match="column 'a': several columns of this name"):
         prepare(csv_config(tmp_path, "y,d,a,a\n0,1,x,x\n"))
 
@@ -122,7 +122,7 @@ def test_an_empty_directory_is_refused(tmp_path):
         prepare(config)
 
 
-def test_an_absent_file_is_named(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     config = PrepareConfig(format="criteo", inputs=["absent.txt"], out=str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match="absent.txt"):
         prepare(config)
@@ -170,7 +170,7 @@ def test_dense_numbers_that_float32_cannot_hold_are_refused(tmp_path, value):
         prepare(config)
 
 
-def test_files_that_disagree_on_lists_are_refused(tmp_path):
+def test_a_column_of_lists_in_one_file_and_single_values_in_another_is_refused(tmp_path):
     one = pa.table({"y": [0, 1], "a": [[1], [2]]})
     other = pa.table({"y": [0, 1], "a": [1, 2]})
     with pytest.raises(DataError, match="part-1.parquet, column 'a': lists in one file and single"):
@@ -185,13 +185,13 @@ def test_nested_values_are_refused(tmp_path):
         prepare(parquet_config(tmp_path, table, split="seed", test_fraction=0.5))
 
 
-def test_a_list_is_no_dense_number(tmp_path):
+def test_a_list_in_a_dense_column_is_refused(tmp_path):
     table = pa.table({"y": [0, 1], "d": [[1], [2]], "a": [1, 2]})
     with pytest.raises(DataError, match=r"column 'd', row 0: \[1\] is not a number"):
         prepare(parquet_config(tmp_path, table, dense=["d"]))
 
 
-def test_an_hour_that_is_no_hour_is_refused(tmp_path):
+def test_an_invalid_hour_is_refused(tmp_path):
     header = "id,click,hour,C1,banner_pos,site_id,site_domain,site_category,app_id,app_domain,"
     header += "app_category,device_id,device_ip,device_model,device_type,device_conn_type,"
     header += "C14,C15,C16,C17,C18,C19,C20,C21\n"

@@ -50,14 +50,14 @@ def shuffled_positions(rows: int, chunk_rows: int) -> list[int]:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 10])
-def test_the_shuffle_is_that_of_pandas_however_the_rows_are_chunked(chunk_rows):
-    # What `DataFrame({"t": range(10)}).sample(frac=1, random_state=43)` of pandas 2.1.4 has.
+def test_the_shuffle_matches_pandas_for_any_chunk_size(chunk_rows):
+    # Result of `DataFrame({"t": range(10)}).sample(frac=1, random_state=43)` in pandas 2.1.4.
     assert shuffled_positions(10, chunk_rows) == [3, 9, 6, 8, 2, 5, 1, 7, 0, 4]
 
 
-def test_the_shuffle_of_as_many_rows_as_ml_1m_has_is_that_of_pandas():
+def test_the_shuffle_of_as_many_rows_as_ml_1m_matches_pandas():
     positions = np.array(shuffled_positions(1_000_209, 400_000), "<i8")
-    # Of the same of pandas 2.1.4.
+    # Digest of the same shuffle in pandas 2.1.4.
     expected = "40a42f320ee5a35f11b595a9f6bc34b5bd58dd2e7bddd5f931e00624b615870c"
     assert hashlib.sha256(positions.tobytes()).hexdigest() == expected
 
@@ -75,7 +75,7 @@ def test_an_error_names_a_shuffled_row_by_its_place_in_the_file():
         assert f"row {row}: bad" in str(error)
 
 
-def test_more_rows_than_fit_into_memory_are_refused_and_what_to_do_is_said(monkeypatch):
+def test_more_rows_than_fit_into_memory_are_refused_with_the_limit(monkeypatch):
     monkeypatch.setattr(permuted, "_MOST_ROWS", 9)
     with pytest.raises(DataError, match=r"10 rows are too many(.|\n)*The limit is 9"):
         shuffled_positions(10, 5)
@@ -83,7 +83,7 @@ def test_more_rows_than_fit_into_memory_are_refused_and_what_to_do_is_said(monke
 
 # MovieLens 1M, Criteo Kaggle, Avazu.
 @pytest.mark.parametrize("rows", [1_000_209, 45_840_617, 40_428_967])
-def test_the_split_is_erases_for_the_rows_of_its_data_sets(rows):
+def test_the_split_matches_erase_for_the_sizes_of_its_data_sets(rows):
     split = OrderSplit.fit(Counted(rows), test_fraction=0.1, validation_fraction=0.2)
     assert (split.train_rows, split.test_start) == (int(rows * 0.7), int(rows * 0.9))
 
@@ -100,7 +100,7 @@ def test_validation_rows_are_in_neither_split():
     assert test == [False] * 9 + [True]
 
 
-def test_criteos_integers_become_erases_buckets_and_missing_ones_a_value(tmp_path):
+def test_criteo_integers_become_erase_buckets_and_missing_integers_a_value(tmp_path):
     integers = ["-3", "-1", "0", "1", "2", "3", "7", "20", "65535", ""]
     file = tmp_path / "train.txt"
     file.write_text("\n".join(criteo_line(0, i, "68fd1e64") for i in [*integers, "5"]))
@@ -119,7 +119,7 @@ def test_criteos_integers_become_erases_buckets_and_missing_ones_a_value(tmp_pat
     assert len(schema.sparse) == 39
 
     def bucket(x: float) -> str:
-        """As data/preprocess.py of ERASE writes it."""
+        """Bucket of `x` as in data/preprocess.py of ERASE."""
         return str(int(math.log(x) ** 2)) if x > 2 else str(int(x) - 2)
 
     expected = [bucket(float(i)) if i else "" for i in integers]
@@ -127,7 +127,7 @@ def test_criteos_integers_become_erases_buckets_and_missing_ones_a_value(tmp_pat
     assert read_values(out, "train", "C1") == ["68fd1e64"] * 10
 
 
-def test_an_integer_of_criteo_that_is_not_finite_is_named(tmp_path):
+def test_a_criteo_integer_that_is_not_finite_is_refused(tmp_path):
     file = tmp_path / "train.txt"
     file.write_text("\n".join(criteo_line(0, i, "a") for i in ("1", "inf")))
     options = {"format": "criteo", "columns": "erase", "test_fraction": 0.5}
@@ -135,7 +135,7 @@ def test_an_integer_of_criteo_that_is_not_finite_is_named(tmp_path):
         prepare(PrepareConfig(inputs=[str(file)], out=str(tmp_path / "out"), **options))
 
 
-def test_avazus_hour_is_one_of_22_fields(tmp_path):
+def test_avazu_has_22_fields_including_the_hour(tmp_path):
     hours = ["14102100", "14102523", "14102523", "14102622"]
     lines = [f"{i}00,1,{hour}" + ",s" * 21 for i, hour in enumerate(hours)]
     file = tmp_path / "train.csv"
@@ -153,7 +153,7 @@ def prepare_ml_1m(raw: Path, out: Path, **options) -> None:
     prepare(PrepareConfig(inputs=[str(raw)], out=str(out), **config | options))
 
 
-def test_movielens_has_the_files_own_fields_and_genres_as_one_value(tmp_path):
+def test_movielens_keeps_the_fields_of_its_files_and_genres_as_one_value(tmp_path):
     write_ml_1m(tmp_path)
     out = tmp_path / "out"
     prepare_ml_1m(tmp_path, out)
@@ -169,7 +169,7 @@ def test_movielens_has_the_files_own_fields_and_genres_as_one_value(tmp_path):
     assert read_column(out, "train", "label") == [1, 0, 0]
 
 
-def test_movielens_rows_are_in_the_order_of_the_merge_of_an_older_pandas(tmp_path):
+def test_movielens_rows_are_in_the_order_of_a_merge_by_an_older_pandas(tmp_path):
     write_ml_1m(tmp_path)
     ratings = [(1, 30), (1, 10), (1, 20), (3, 50), (3, 40), (2, 40), (2, 20), (2, 30)]
     ratings += [(4, 10), (4, 50), (5, 20), (5, 30)]
@@ -177,13 +177,11 @@ def test_movielens_rows_are_in_the_order_of_the_merge_of_an_older_pandas(tmp_pat
     (tmp_path / "ratings.dat").write_text("\n".join(lines))
     table = erase_movielens_table(str(tmp_path), 3.0)
     places = [t for chunk in table.scan(["timestamp"]) for t in chunk.rows["timestamp"].to_pylist()]
-    # What `pd.merge(pd.merge(ratings, movies), users)` of pandas 2.1.4 has.
+    # Order of `pd.merge(pd.merge(ratings, movies), users)` in pandas 2.1.4.
     assert [int(place) for place in places] == [0, 1, 2, 7, 6, 5, 11, 10, 8, 9, 3, 4]
 
 
-def test_a_shuffled_split_is_written_in_the_shuffled_order_whatever_the_blocks(
-    tmp_path, monkeypatch
-):
+def test_a_shuffled_split_is_written_in_shuffled_order_for_any_block_size(tmp_path, monkeypatch):
     file = tmp_path / "raw.csv"
     file.write_text("y,a\n" + "".join(f"{i % 2},v{i}\n" for i in range(50)))
     order = np.random.RandomState(43).permutation(50)
@@ -206,6 +204,6 @@ def test_a_shuffled_split_is_written_in_the_shuffled_order_whatever_the_blocks(
         ({"format": "csv", "label": "y", "columns": "erase"}, "it must be own for format csv"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(options, message):
+def test_contradictory_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         PrepareConfig(**{"format": "criteo", "inputs": ["train.txt"], "out": "out"} | options)

@@ -1,4 +1,4 @@
-"""The raw formats, each from a small file as its publisher writes it."""
+"""The raw formats, each read from a small file in its publisher's layout."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AVAZU_HEADER = (
 
 
 def read_values(out: Path, split: str, column: str) -> list:
-    """The column's raw values, got back through the vocabulary; None if out of vocabulary."""
+    """Raw values of a column, recovered through the vocabulary; None if out of vocabulary."""
     vocabulary = Vocabulary.load(str(out / "vocabulary" / f"{column}.parquet"))
     known = [None, *vocabulary.values.to_pylist()]
     ids = pq.read_table(out / split / "part-00000.parquet")[column].to_pylist()
@@ -150,7 +150,7 @@ def test_movielens_joins_movies_and_users_and_thresholds_the_rating(tmp_path, wr
         assert read_values(out, "train", "zip") == ["48067", "48067", "70072"]
 
 
-def test_rating_threshold_moves_the_label(tmp_path):
+def test_rating_threshold_changes_the_label(tmp_path):
     write_ml_1m(tmp_path)
     out = tmp_path / "out"
     config = PrepareConfig(
@@ -165,7 +165,7 @@ def test_rating_threshold_moves_the_label(tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "delimiter"), [("csv", ","), ("tsv", "\t")])
-def test_delimited_values_are_kept_as_they_are_written(tmp_path, kind, delimiter):
+def test_delimited_values_are_kept_as_written(tmp_path, kind, delimiter):
     values = ["007", "7", "nan", "NULL"]
     lines = [delimiter.join(["0", value, "1.5"]) for value in values]
     file = tmp_path / f"raw.{kind}"
@@ -197,7 +197,7 @@ def test_quoted_csv_fields_may_hold_delimiters_and_line_ends_across_blocks(tmp_p
     assert read_values(out, "train", "a") == ["x,\ny", "plain"] * 49
 
 
-def test_a_directory_of_files_is_read_in_the_order_of_their_names(tmp_path):
+def test_files_of_a_directory_are_read_in_name_order(tmp_path):
     raw = tmp_path / "raw"
     raw.mkdir()
     for name, value in (("part-1.csv", "second"), ("part-0.csv", "first"), ("_SUCCESS", "")):

@@ -1,4 +1,4 @@
-"""Which rows `prepare` takes for the test split."""
+"""The rows that `prepare` puts into the test split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchrec_fmp.data.splitting import ColumnSplit, OrderSplit, RowSplit, SeedS
 
 
 class MemoryTable(RawTable):
-    """A table in memory, cut into chunks at will."""
+    """A table in memory, read in chunks of any size."""
 
     def __init__(self, columns: dict[str, list], chunk_rows: int) -> None:
         self._rows = pa.RecordBatch.from_pydict(columns)
@@ -43,7 +43,7 @@ def rows_drawn(split: RowSplit, table: RawTable) -> list[bool]:
 
 @settings(deadline=None)
 @given(rows=st.integers(1, 200), fraction=st.floats(0.01, 0.99), chunk_rows=st.integers(1, 50))
-def test_order_takes_the_last_rows_and_the_nearest_number_of_them(rows, fraction, chunk_rows):
+def test_order_split_takes_the_last_rows_rounded_to_the_nearest_number(rows, fraction, chunk_rows):
     table = MemoryTable({"t": list(range(rows))}, chunk_rows)
     tested = rows_drawn(OrderSplit.fit(table, fraction), table)
     assert tested == sorted(tested)
@@ -56,14 +56,14 @@ def test_order_takes_the_last_rows_and_the_nearest_number_of_them(rows, fraction
     fraction=st.floats(0.01, 0.99),
     chunk_rows=st.integers(1, 50),
 )
-def test_time_never_trains_on_rows_later_than_a_test_row(times, fraction, chunk_rows):
+def test_time_split_never_trains_on_rows_later_than_a_test_row(times, fraction, chunk_rows):
     table = MemoryTable({"t": times}, chunk_rows)
     tested = rows_drawn(TimeSplit.fit(table, "t", fraction), table)
     train = [time for time, test in zip(times, tested, strict=True) if not test]
     test = [time for time, test in zip(times, tested, strict=True) if test]
     assert max(train) < min(test, default=99)
     assert len(test) <= fraction * len(times) + 0.5
-    # The test split could not have taken in one more time without exceeding its share.
+    # One more time value would have made the test split exceed its share.
     assert len(test) + train.count(max(train)) >= fraction * len(times) - 0.5
 
 
@@ -77,14 +77,14 @@ def test_time_never_trains_on_rows_later_than_a_test_row(times, fraction, chunk_
     ],
     ids=["integers", "numbers", "dates", "nanoseconds"],
 )
-def test_time_compares_as_what_the_column_holds(times):
+def test_time_split_compares_times_by_the_type_of_their_values(times):
     table = MemoryTable({"t": times}, 2)
     tested = rows_drawn(TimeSplit.fit(table, "t", 0.5), table)
     assert tested == [False, True, False, True]
 
 
 @pytest.mark.parametrize("missing", [None, ""])
-def test_time_refuses_a_row_without_time(missing):
+def test_time_split_refuses_a_row_without_a_time(missing):
     table = MemoryTable({"t": ["1", "2", missing]}, 2)
     with pytest.raises(DataError, match="memory, column 't', row 2: no time"):
         TimeSplit.fit(table, "t", 0.5)
@@ -92,14 +92,14 @@ def test_time_refuses_a_row_without_time(missing):
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(-5, 2**70), chunk_rows=st.integers(1, 300))
-def test_seed_draws_the_same_rows_however_they_are_chunked(seed, chunk_rows):
+def test_seed_split_draws_the_same_rows_for_any_chunk_size(seed, chunk_rows):
     columns = {"t": list(range(300))}
     split = SeedSplit(seed, 0.3)
     whole = rows_drawn(split, MemoryTable(columns, 300))
     assert rows_drawn(split, MemoryTable(columns, chunk_rows)) == whole
 
 
-def test_seed_draws_the_share_asked_for_and_seeds_draw_independently():
+def test_seed_split_draws_the_requested_share_and_seeds_are_independent():
     table = MemoryTable({"t": [0] * 100_000}, 65_536)
     first, second = (np.array(rows_drawn(SeedSplit(seed, 0.2), table)) for seed in (0, 1))
     assert first.mean() == pytest.approx(0.2, abs=0.005)
@@ -107,12 +107,12 @@ def test_seed_draws_the_share_asked_for_and_seeds_draw_independently():
     assert (first[1:] & first[:-1]).mean() == pytest.approx(0.04, abs=0.003)
 
 
-def test_column_says_itself_which_rows_are_tested():
+def test_column_split_tests_on_the_rows_marked_1():
     table = MemoryTable({"t": [0, 1, 1, 0]}, 3)
     assert rows_drawn(ColumnSplit("t"), table) == [False, True, True, False]
 
 
-def test_column_refuses_other_values_than_zero_and_one():
+def test_column_split_refuses_values_other_than_0_and_1():
     table = MemoryTable({"t": [0, 1, 1, 0, 2]}, 3)
     with pytest.raises(DataError, match="memory, column 't', row 4: 2 is not 0 or 1"):
         rows_drawn(ColumnSplit("t"), table)

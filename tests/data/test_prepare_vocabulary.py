@@ -51,7 +51,7 @@ def test_ids_are_ranks_of_frequent_values_and_zero_for_all_others(train, served,
 
 
 def test_a_hashed_id_is_the_same_on_every_machine():
-    # The digests are what `b2sum -l 64` prints for "a" and for nothing.
+    # Digests printed by `b2sum -l 64` for "a" and for empty input.
     digests = ["40f89e395b66422f", "e4a6a0577479b2b4", "40f89e395b66422f"]
     expected = [int.from_bytes(bytes.fromhex(digest), "little") % 1000 for digest in digests]
     assert HashBuckets(1000).ids(strings(["a", "", "a"])).to_pylist() == expected

@@ -49,7 +49,7 @@ def make_source(group_rows: list[int]) -> TableSource:
 
 
 def read(reader: Reader, batch_size: int, start: int = 0, stop: int | None = None) -> list[int]:
-    """The rows in order, each batch checked against what its rows should hold."""
+    """Rows in order; each batch is checked against the expected content of its rows."""
     rows: list[int] = []
     for batch in reader.batches(batch_size, start, stop):
         rows.extend(check(batch, batch_size))
@@ -147,7 +147,7 @@ def test_row_groups_before_start_and_after_stop_are_not_read() -> None:
     assert source.read_indices == [2, 3]
 
 
-def test_values_and_lengths_have_the_types_that_torchrec_wants() -> None:
+def test_values_and_lengths_have_the_types_that_torchrec_expects() -> None:
     batch = next(Reader(make_source([6]), SCHEMA).batches(6))
     features = batch.sparse_features
     assert (features.values().dtype, features.lengths().dtype) == (torch.int64, torch.int32)
@@ -165,14 +165,14 @@ def test_values_and_lengths_have_the_types_that_torchrec_wants() -> None:
     assert pooled.values().shape == (6, 12)
 
 
-def test_a_batch_shares_no_memory_with_another() -> None:
+def test_batches_share_no_memory() -> None:
     first, second = islice(Reader(make_source([8]), SCHEMA).batches(4), 2)
     for tensor in (first.labels, first.dense_features, first.sparse_features.values()):
         tensor.fill_(7)
     assert check(second, 4) == [4, 5, 6, 7]
 
 
-def test_no_split_of_the_rows_is_counted_twice() -> None:
+def test_replaced_values_are_counted_once_when_rows_are_read_in_parts() -> None:
     columns: dict[str, Any] = {"y": [0] * 6, "d": [float("nan"), 1, 2, None, 4, 5], "e": [0.0] * 6}
     columns |= {"a": [0, 1, 2, 3, -4, 5], "bag": [[0]] * 6, "b": [0] * 6}
     source = TableSource([pa.table(columns)])
@@ -185,7 +185,7 @@ def test_no_split_of_the_rows_is_counted_twice() -> None:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_bad_value_is_found_at_its_row_of_the_file(shuffle: bool) -> None:
+def test_a_bad_value_is_reported_with_its_row_in_the_file(shuffle: bool) -> None:
     source = make_source([5, 5])
     bad = pa.array([5, 6, 7, -8, 9], pa.int32())
     source.tables[1] = source.tables[1].set_column(3, "a", bad)  # type: ignore[index]
@@ -194,7 +194,7 @@ def test_a_bad_value_is_found_at_its_row_of_the_file(shuffle: bool) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_rows_before_an_error_are_given_first(workers: int) -> None:
+def test_rows_before_an_error_are_yielded_first(workers: int) -> None:
     class Broken(TableSource):
         def read(self, group: RowGroup) -> pa.Table:
             if group.index == 2:
@@ -207,7 +207,7 @@ def test_rows_before_an_error_are_given_first(workers: int) -> None:
         next(batches)
 
 
-def test_closing_early_ends_the_threads_and_reads_no_further() -> None:
+def test_closing_early_stops_the_threads_and_the_reading() -> None:
     before = threading.active_count()
     source = make_source([4] * 50)
     batches = Reader(source, SCHEMA, workers=2).batches(4)
@@ -218,7 +218,7 @@ def test_closing_early_ends_the_threads_and_reads_no_further() -> None:
     assert len(source.read_indices) <= 4
 
 
-def test_a_source_whose_group_changed_size_is_an_error() -> None:
+def test_a_row_group_that_changed_size_is_an_error() -> None:
     source = make_source([4, 4])
     source.tables[1] = source.tables[1].slice(1)  # type: ignore[index]
     with pytest.raises(DataError, match="memory, row 4: 3 rows were read, but 4 were announced"):
@@ -233,12 +233,12 @@ def test_a_source_without_rows_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 7)])
-def test_rows_that_a_rank_does_not_have_cannot_be_asked_for(start: int, stop: int) -> None:
+def test_an_invalid_range_of_rows_is_refused(start: int, stop: int) -> None:
     with pytest.raises(ValueError, match="a rank has rows 0 to 6"):
         Reader(make_source([6]), SCHEMA).batches(2, start, stop)
 
 
-def test_arguments_out_of_range_are_named() -> None:
+def test_arguments_out_of_range_are_refused() -> None:
     source = make_source([6])
     with pytest.raises(ValueError, match=r"rank is 2; it must be in \[0, 2\)"):
         Reader(source, SCHEMA, rank=2, world_size=2)

@@ -12,13 +12,13 @@ from torchrec_fmp.data.schema import Schema, SparseColumn
 SCHEMA = Schema("y", ("x", "z"), (SparseColumn("b", 5), SparseColumn("a", 70)))
 
 
-def test_columns_stand_in_the_order_in_which_the_model_reads_them() -> None:
+def test_columns_are_in_the_order_in_which_the_model_reads_them() -> None:
     assert SCHEMA.columns == ("y", "x", "z", "b", "a")
     assert SCHEMA.sparse_names == ("b", "a")
     assert SCHEMA.features == ("x", "z", "b", "a")
 
 
-def test_a_part_of_the_features_keeps_order_cardinality_and_label() -> None:
+def test_a_subset_of_the_features_keeps_order_cardinality_and_label() -> None:
     assert SCHEMA.only(["a", "z"]) == Schema("y", ("z",), (SparseColumn("a", 70),))
     assert SCHEMA.only(SCHEMA.features) == SCHEMA
 
@@ -29,13 +29,13 @@ def test_a_schema_without_sparse_columns_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dense", [("x", "x"), ("y",), ("a",)])
-def test_a_column_with_two_places_is_named(dense: tuple[str, ...]) -> None:
+def test_a_column_named_more_than_once_is_refused(dense: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=rf"more than once in the schema: \['{dense[0]}'\]"):
         Schema("y", dense, SCHEMA.sparse)
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_a_table_without_rows_is_refused_and_its_column_named(size: int) -> None:
+def test_num_embeddings_below_1_is_refused_and_its_column_named(size: int) -> None:
     with pytest.raises(ValueError, match=f"'a': num_embeddings is {size}; .*at least 1"):
         SparseColumn("a", size)
 
@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_no_schema_names_the_file_and_what_is_wrong(
+def test_the_error_for_an_invalid_schema_file_names_the_file_and_the_problem(
     tmp_path: Path, text: str, message: str
 ) -> None:
     path = tmp_path / "schema.json"

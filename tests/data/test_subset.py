@@ -1,4 +1,4 @@
-"""Subsets: a partition of the rows, the same on every rank, and of the rows they say."""
+"""Subsets: each partitions the rows, alike on every rank, and chooses the rows it documents."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make_source(
     bag: Callable[[int], list[int]] = lambda row: [row % 10] * (row % 3),
     label: Callable[[int], int] = lambda row: int(row % 3 == 0),
 ) -> TableSource:
-    """`row` is a row's number."""
+    """Column `row` holds the row number."""
     tables, first = [], 0
     for count in group_rows:
         rows = range(first, first + count)
@@ -70,7 +70,7 @@ def chosen_rows(subset: Subset, source: Source, rows: int, seed: int = 0) -> lis
 @pytest.mark.parametrize("subset", SUBSETS)
 @settings(deadline=None, max_examples=40)
 @given(group_rows=group_lists, data=st.data())
-def test_every_row_is_either_chosen_or_left_and_both_keep_their_order(
+def test_chosen_rows_and_the_rest_partition_the_rows_and_keep_their_order(
     subset: Subset, group_rows: list[int], data: st.DataObject
 ) -> None:
     total = sum(group_rows)
@@ -83,7 +83,7 @@ def test_every_row_is_either_chosen_or_left_and_both_keep_their_order(
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_the_choice_depends_on_the_seed_alone(subset: Subset) -> None:
+def test_the_choice_depends_only_on_the_seed(subset: Subset) -> None:
     first, again, other = (
         chosen_rows(subset, make_source([50, 50]), 30, seed) for seed in (0, 0, 1)
     )
@@ -94,7 +94,7 @@ def test_the_choice_depends_on_the_seed_alone(subset: Subset) -> None:
 @pytest.mark.parametrize("subset", SUBSETS)
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_read_every_chosen_row_and_every_other_row_once(
+def test_ranks_read_every_chosen_row_and_every_remaining_row_once(
     subset: Subset, shuffle: bool, world_size: int
 ) -> None:
     parts = subset.split(make_source([40, 60]), SCHEMA, 31, 0)
@@ -114,7 +114,7 @@ def test_ranks_read_every_chosen_row_and_every_other_row_once(
         assert sorted(seen) == rows_of(part)
 
 
-def test_prefix_and_random_read_nothing_and_prefix_reads_its_own_row_groups_only() -> None:
+def test_prefix_and_random_split_without_reading_and_prefix_reads_only_its_row_groups() -> None:
     source = make_source([10, 10, 10])
     Random().split(source, SCHEMA, 12, 0)
     chosen, rest = Prefix().split(source, SCHEMA, 12, 0)
@@ -125,12 +125,12 @@ def test_prefix_and_random_read_nothing_and_prefix_reads_its_own_row_groups_only
     assert source.read_indices == [0, 1, 1, 2]
 
 
-def test_random_draws_old_and_new_rows_alike() -> None:
+def test_random_draws_evenly_from_old_and_new_rows() -> None:
     rows = np.array(chosen_rows(Random(), make_source([1000] * 4), 1000))
     assert np.bincount(rows // 1000).tolist() == pytest.approx([250] * 4, abs=60)
 
 
-def test_stratified_keeps_the_share_of_each_label_in_each_stretch_of_time() -> None:
+def test_stratified_keeps_the_share_of_each_label_in_each_block() -> None:
     random = np.random.default_rng(0)
     # The share of positives rises from 0 to 0.5.
     labels = (random.random(1000) < np.linspace(0, 0.5, 1000)).astype(int)
@@ -143,20 +143,20 @@ def test_stratified_keeps_the_share_of_each_label_in_each_stretch_of_time() -> N
             assert abs((labels[inside] == label).sum() - 0.333 * of_all) < 1
 
 
-def test_resampled_rows_are_distributed_as_the_recent_ones() -> None:
-    # Another seed than the choice's, whose noise would be made of the same random numbers.
+def test_resampled_rows_are_distributed_like_the_recent_ones() -> None:
+    # Not the seed of the choice, whose noise would come from the same random numbers.
     random = np.random.default_rng(1)
-    # Value 1 has a share of 10%, and among the last tenth of the rows of 90%.
+    # Value 1 has a share of 10%, but 90% among the last tenth of the rows.
     share = np.where(np.arange(20_000) < 18_000, 0.1, 0.9)
     values = (random.random(20_000) < share).astype(int)
     source = make_source([7000, 7000, 6000], value=lambda row: int(values[row]))
     rows = np.array(chosen_rows(RecentResampling(recent=0.1), source, 1000))
     assert values[rows].mean() == pytest.approx(0.9, abs=0.04)
-    # Old rows that are like the recent ones are as good as these.
+    # Old rows that resemble the recent ones are as likely to be chosen.
     alike = values == 1
     is_old = np.arange(20_000) < 18_000
     assert (rows < 18_000)[alike[rows]].mean() == pytest.approx(is_old[alike].mean(), abs=0.05)
-    # What did not drift stays as it was.
+    # Features without drift keep their distribution.
     assert np.bincount(rows % 5) / 1000 == pytest.approx([0.2] * 5, abs=0.05)
 
 
@@ -166,8 +166,8 @@ def test_resampling_without_drift_is_a_random_choice() -> None:
     assert np.bincount(rows % 7) / 2000 == pytest.approx([1 / 7] * 7, abs=0.03)
 
 
-def test_a_value_counts_for_its_own_feature() -> None:
-    # Recent rows have a 1 in the one feature and a 2 in the other, most old rows the reverse.
+def test_equal_values_of_different_features_are_told_apart() -> None:
+    # Recent rows have 1 in one feature and 2 in the other; most old rows have the reverse.
     like_recent = np.arange(10_000) % 20 == 0
     like_recent[9000:] = True
     source = make_source(
@@ -180,7 +180,7 @@ def test_a_value_counts_for_its_own_feature() -> None:
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_a_bad_value_is_reported_at_its_row_of_the_file(subset: Subset) -> None:
+def test_a_bad_value_is_reported_with_its_row_in_the_file(subset: Subset) -> None:
     source = make_source([20, 20], value=lambda row: 1000 if row == 33 else 1)
     with pytest.raises(DataError, match="id out of range") as raised:
         for part in subset.split(source, SCHEMA, 15, 0):
@@ -188,7 +188,7 @@ def test_a_bad_value_is_reported_at_its_row_of_the_file(subset: Subset) -> None:
     assert raised.value.row == 33
 
 
-def test_a_source_that_has_changed_is_reported() -> None:
+def test_a_changed_source_is_reported() -> None:
     source = make_source([10, 10])
     chosen, _ = Random().split(source, SCHEMA, 10, 0)
     source.tables = [table.slice(1) for table in source.tables]
@@ -197,12 +197,12 @@ def test_a_source_that_has_changed_is_reported() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, -1, 21])
-def test_more_rows_than_there_are_or_none_are_refused(rows: int) -> None:
+def test_an_invalid_number_of_rows_is_refused(rows: int) -> None:
     with pytest.raises(ValueError, match=f"{rows} rows cannot be chosen .* out of 20"):
         Prefix().split(make_source([20]), SCHEMA, rows, 0)
 
 
-def test_options_that_make_no_sense_are_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(ValueError, match="blocks is 0; it must be at least 1"):
         Stratified(blocks=0)
     for recent in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""The generator: deterministic, and its planted truth is true."""
+"""The generator is deterministic, and its data match its planted truth."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def rows() -> dict[str, np.ndarray]:
 
 
 def explained(label: np.ndarray, values: np.ndarray) -> float:
-    """How much more the label's mean varies between values than chance has it, in sigmas."""
+    """Variation of the label's mean between values in excess of chance, in sigmas."""
     count = np.bincount(values)
     mean = np.bincount(values, label) / np.maximum(count, 1)
     often = count >= 20
@@ -59,7 +59,7 @@ def test_same_arguments_give_the_same_rows_in_any_order_of_reading() -> None:
         assert forward.read(group).num_rows == group.rows
 
 
-def test_the_rows_of_a_seed_are_those_of_every_earlier_version() -> None:
+def test_the_rows_of_a_seed_are_the_same_in_every_version() -> None:
     dataset = SyntheticDataset(rows=50, test_rows=10, cardinalities=(10, 100))
     digest = hashlib.sha256()
     for name, column in (*table_of(dataset, "train").items(), *table_of(dataset, "test").items()):
@@ -67,7 +67,7 @@ def test_the_rows_of_a_seed_are_those_of_every_earlier_version() -> None:
     assert digest.hexdigest()[:16] == "42dd6514612c3fdb"
 
 
-def test_multi_valued_features_leave_the_others_as_they_are() -> None:
+def test_adding_multi_valued_features_does_not_change_the_others() -> None:
     # Bias so high that no label depends on the effects.
     plain, more = (table_of(replace(dataset, bias=1e3), "test") for dataset in (SMALL, BAGS))
     assert [name for name in more if name not in plain] == [
@@ -89,7 +89,7 @@ def test_noise_has_its_own_cardinalities() -> None:
     assert sorted(np.unique(rows[f"noise_{i}"]).size for i in range(9))[0] == 2
 
 
-def test_bags_are_of_every_length_and_the_reader_reads_them() -> None:
+def test_bags_have_every_length_and_the_reader_reads_them() -> None:
     (group, *_) = BAGS.source("test").row_groups
     table = BAGS.source("test").read(group)
     batch = next(iter(Reader(BAGS.source("test"), BAGS.schema).batches(group.rows)))
@@ -101,7 +101,7 @@ def test_bags_are_of_every_length_and_the_reader_reads_them() -> None:
         assert bags.values().tolist() == pc.list_flatten(table[name]).to_pylist()
 
 
-def test_values_of_bags_tell_of_the_label_and_those_of_noise_do_not() -> None:
+def test_bag_values_predict_the_label_and_noise_bag_values_do_not() -> None:
     table = read(BAGS.source("train"))
     for name, tells in (("multi_0", True), ("multi_1", True), ("multi_noise_0", False)):
         row = pc.list_parent_indices(table[name].combine_chunks()).to_numpy()
@@ -122,7 +122,7 @@ def test_the_strength_of_a_feature_is_the_standard_deviation_of_its_effect() -> 
     assert effects["pair_0a", "pair_0b"].std() == pytest.approx(0.6, rel=0.05)
 
 
-def test_the_oracle_loses_by_every_signal_and_by_nothing_else() -> None:
+def test_the_oracle_auc_drops_for_every_signal_feature_and_for_no_other() -> None:
     lost = BAGS.oracle_contributions()
     truth = BAGS.truth
     assert list(lost) == list(BAGS.schema.features)
@@ -132,7 +132,7 @@ def test_the_oracle_loses_by_every_signal_and_by_nothing_else() -> None:
     assert lost["main_0"] > lost["main_7"] and lost["dense_0"] > lost["dense_1"]
 
 
-def test_the_only_signal_gives_the_oracle_all_above_chance() -> None:
+def test_a_single_signal_gives_the_oracle_all_its_auc_above_chance() -> None:
     dataset = replace(SMALL, main=1, pairs=0, copies=0, dense=0, strongest=1.0)
     assert dataset.oracle_auc() == pytest.approx(0.75, abs=0.03)
     assert dataset.oracle_contributions()["main_0"] == dataset.oracle_auc() - 0.5
@@ -209,13 +209,13 @@ def test_truth_names_every_feature_once_and_rows_fit_the_schema(
     assert set(table[LABEL].to_numpy()) <= {0, 1}
 
 
-def test_cardinalities_run_from_the_smallest_to_the_largest_and_copies_merge() -> None:
+def test_cardinalities_span_the_given_range_and_copies_merge_values() -> None:
     dataset = SyntheticDataset(main=5, noise=6, pairs=1, copies=5, cardinalities=(9, 900))
     size = {column.name: column.num_embeddings for column in dataset.schema.sparse}
     for kind, count in (("main", 5), ("noise", 6)):
         sizes = sorted(size[f"{kind}_{i}"] for i in range(count))
         assert (sizes[0], sizes[-1]) == (9, 900)
-    # Both signs need as many values.
+    # Both signs need equally many values.
     assert size["pair_0a"] == size["pair_0b"] == 10
     assert all(size[f"copy_{i}"] == -(-size[f"main_{i}"] // 3) for i in range(5))
 
@@ -238,14 +238,14 @@ def test_a_copy_is_a_coarser_function_of_its_original(rows: dict[str, np.ndarray
         assert len(np.unique(copy)) < len(images)
 
 
-def test_main_effects_tell_of_the_label_and_noise_does_not(rows: dict[str, np.ndarray]) -> None:
+def test_main_effects_predict_the_label_and_noise_does_not(rows: dict[str, np.ndarray]) -> None:
     for i in range(8):
         assert explained(rows[LABEL], rows[f"main_{i}"]) > 15
     for i in range(9):
         assert abs(explained(rows[LABEL], rows[f"noise_{i}"])) < 5
 
 
-def test_pair_members_tell_of_the_label_only_together(rows: dict[str, np.ndarray]) -> None:
+def test_pair_members_predict_the_label_only_together(rows: dict[str, np.ndarray]) -> None:
     for i in range(2):
         left, right = rows[f"pair_{i}a"], rows[f"pair_{i}b"]
         assert abs(explained(rows[LABEL], left)) < 5
@@ -253,7 +253,7 @@ def test_pair_members_tell_of_the_label_only_together(rows: dict[str, np.ndarray
         assert explained(rows[LABEL], left * (right.max() + 1) + right) > 15
 
 
-def test_dense_features_with_an_effect_correlate_with_the_label_and_the_others_do_not(
+def test_dense_features_correlate_with_the_label_and_dense_noise_does_not(
     rows: dict[str, np.ndarray],
 ) -> None:
     for name in ("dense_0", "dense_1"):
@@ -271,22 +271,20 @@ def test_noise_is_independent_of_signal_and_of_other_noise(rows: dict[str, np.nd
 
 
 @pytest.mark.parametrize(("bias", "share"), [(0.0, 0.5), (-4.0, 1 / (1 + np.exp(4.0)))])
-def test_without_effects_the_share_of_positives_is_that_of_the_bias(
-    bias: float, share: float
-) -> None:
+def test_without_effects_the_bias_sets_the_share_of_positives(bias: float, share: float) -> None:
     dataset = SyntheticDataset(rows=60_000, main=0, pairs=0, copies=0, dense=0, bias=bias)
     label = read(dataset.source("train"))[LABEL].to_numpy()
     assert label.mean() == pytest.approx(share, abs=0.005)
 
 
-def test_the_default_share_of_positives_is_like_that_of_click_data(
+def test_the_default_share_of_positives_resembles_click_data(
     rows: dict[str, np.ndarray],
 ) -> None:
     assert 0.15 < rows[LABEL].mean() < 0.35
 
 
 @pytest.mark.parametrize(("split", "rows"), [("train", 40_000), ("test", 1)])
-def test_a_split_has_the_rows_it_was_asked_for(split: Split, rows: int) -> None:
+def test_a_split_has_the_requested_number_of_rows(split: Split, rows: int) -> None:
     source = SyntheticDataset(rows=40_000, test_rows=1).source(split)
     assert sum(group.rows for group in source.row_groups) == rows
     assert read(source).num_rows == rows
@@ -314,8 +312,6 @@ def test_a_split_has_the_rows_it_was_asked_for(split: Split, rows: int) -> None:
         ({"cardinalities": (20, 10)}, "cardinalities are 20 to 10"),
     ],
 )
-def test_arguments_that_describe_no_data_are_refused(
-    arguments: dict[str, Any], message: str
-) -> None:
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SyntheticDataset(**arguments)

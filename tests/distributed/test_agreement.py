@@ -1,4 +1,4 @@
-"""Work that fails on all ranks if it fails on any, and decisions that must be the same."""
+"""Work that fails on every rank if it fails on one, and decisions that must agree."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def raised(
     group: dist.ProcessGroup | None = None,
     timeout: timedelta = timedelta(seconds=60),
 ) -> str:
-    """Name and message of what the agreement raises."""
+    """Name and message of the error that the agreement raises."""
     try:
         with all_or_none("counting", group or world(), timeout) as check:
             work(check)
@@ -53,7 +53,7 @@ def fail_on(*ranks: int) -> Callable[[Callable[[], None]], None]:
 
 
 def wait_for_a_failure(check: Callable[[], None]) -> None:
-    """Long work that calls `check` now and then."""
+    """Long work that calls `check` regularly."""
     pause = threading.Event()
     while True:
         check()
@@ -71,14 +71,14 @@ def test_work_that_succeeds_everywhere_raises_nothing(ranks: ProcessGroup) -> No
     assert set(ranks.run(failing, [])) == {NOTHING}
 
 
-def test_a_failure_is_its_own_error_there_and_names_rank_and_error_elsewhere(
+def test_the_failing_rank_raises_its_own_error_and_the_others_name_rank_and_error(
     ranks_4: ProcessGroup,
 ) -> None:
     others, own = OF_RANK_1, "KeyError: 'no seven on rank 1'"
     assert ranks_4.run(failing, [1]) == [others, own, others, others]
 
 
-def test_where_all_ranks_fail_each_raises_its_own_error(ranks_2: ProcessGroup) -> None:
+def test_each_rank_raises_its_own_error_when_all_fail(ranks_2: ProcessGroup) -> None:
     errors = ranks_2.run(failing, [0, 1])
     assert errors == [f"KeyError: 'no seven on rank {rank}'" for rank in (0, 1)]
 
@@ -100,11 +100,11 @@ def late_and_deaf() -> str:
 
 
 @pytest.mark.parametrize("late", [late_but_attentive, late_and_deaf])
-def test_a_rank_that_does_not_end_in_time_fails_all(
+def test_a_rank_that_does_not_finish_in_time_fails_every_rank(
     ranks_2: ProcessGroup, late: Callable[[], str]
 ) -> None:
     in_time, too_late = ranks_2.run(late)
-    verdict = "counting failed: 1 of 2 ranks did not end in 0:00:01"
+    verdict = "counting failed: 1 of 2 ranks did not finish in 0:00:01"
     assert in_time == f"RuntimeError: {verdict}"
     assert too_late == f"RuntimeError: counting failed on rank 0: {verdict}"
 
@@ -121,7 +121,7 @@ def several() -> list[str]:
     return [raised(fail_on(*ranks)) for ranks in ([], [1], [], [0], [0, 1], [])]
 
 
-def test_agreements_that_follow_one_another_do_not_mix(ranks_2: ProcessGroup) -> None:
+def test_consecutive_agreements_do_not_mix(ranks_2: ProcessGroup) -> None:
     first, second = ranks_2.run(several)
     assert [error == NOTHING for error in first] == [True, False, True, False, False, True]
     assert [error == NOTHING for error in second] == [True, False, True, False, False, True]
@@ -130,7 +130,7 @@ def test_agreements_that_follow_one_another_do_not_mix(ranks_2: ProcessGroup) ->
 
 
 def nested(inner: list[int], outer: list[int]) -> list[str]:
-    """Errors of an agreement within one, and of one after it."""
+    """Errors of an agreement that contains another, and of the agreement after it."""
 
     def work(check: Callable[[], None]) -> None:
         with all_or_none("adding", world()):
@@ -140,7 +140,7 @@ def nested(inner: list[int], outer: list[int]) -> list[str]:
     return [raised(work), raised(fail_on())]
 
 
-def test_an_agreement_within_another(ranks_2: ProcessGroup) -> None:
+def test_nested_agreements_report_the_failing_rank(ranks_2: ProcessGroup) -> None:
     assert ranks_2.run(nested, [], []) == [[NOTHING, NOTHING]] * 2
     inner = "adding failed on rank 1: KeyError('no seven on rank 1')"
     assert ranks_2.run(nested, [1], []) == [
@@ -151,12 +151,12 @@ def test_an_agreement_within_another(ranks_2: ProcessGroup) -> None:
 
 
 def in_part_of_the_ranks() -> list[str]:
-    """Errors in two groups of two at once; rank 3, the second of its group, fails."""
+    """Errors in two concurrent groups of two; rank 3, the second of its group, fails."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     return [raised(fail_on(3), groups[dist.get_rank() % 2])]
 
 
-def test_groups_of_some_ranks_agree_on_their_own(ranks_4: ProcessGroup) -> None:
+def test_subgroups_of_ranks_agree_independently(ranks_4: ProcessGroup) -> None:
     (even,), (odd,), (other_even,), (failed,) = ranks_4.run(in_part_of_the_ranks)
     assert even == other_even == NOTHING
     assert odd == "RuntimeError: counting failed on rank 1: KeyError('no seven on rank 3')"
@@ -164,7 +164,7 @@ def test_groups_of_some_ranks_agree_on_their_own(ranks_4: ProcessGroup) -> None:
 
 
 def lost(rank_1_explains: bool) -> tuple[str, str]:
-    """What rank 0 raises, and the cause of it, when it loses rank 1."""
+    """Error of rank 0, and its cause, when rank 0 loses rank 1."""
 
     def work(check: Callable[[], None]) -> None:
         if dist.get_rank() == 1:
@@ -187,28 +187,28 @@ def lost(rank_1_explains: bool) -> tuple[str, str]:
     return NOTHING, ""
 
 
-def test_what_the_lost_rank_says_is_preferred_to_its_loss(ranks_2: ProcessGroup) -> None:
+def test_the_error_of_a_lost_rank_is_preferred_to_its_loss(ranks_2: ProcessGroup) -> None:
     error, cause = ranks_2.run(lost, True)[0]
     assert error == "RuntimeError: counting failed on rank 1: KeyError('the reason')"
     assert cause == "PeerError('rank 1 is gone')"
 
 
-def test_a_loss_that_nobody_explains_is_the_error(ranks_2: ProcessGroup) -> None:
+def test_an_unexplained_loss_of_a_rank_is_the_error(ranks_2: ProcessGroup) -> None:
     (own, _), (other, _) = ranks_2.run(lost, False)
     assert own == "PeerError: rank 1 is gone"
     assert other == "RuntimeError: counting failed on rank 0: PeerError('rank 1 is gone')"
 
 
 def watching() -> tuple[str, bool, bool]:
-    """What rank 0 raises while its work waits for ever, whether it had ended, and may go on."""
+    """Error of rank 0 whose work waits forever, whether it had ended, and whether it is stopped."""
     release, ended = threading.Event(), threading.Event()
     stopped: list[str] = []
 
-    def stuck(go_on: Callable[[], None]) -> None:
-        go_on()
+    def stuck(proceed: Callable[[], None]) -> None:
+        proceed()
         release.wait()
         try:
-            go_on()
+            proceed()
         except PeerError as error:
             stopped.append(str(error))
         ended.set()
@@ -226,13 +226,13 @@ def watching() -> tuple[str, bool, bool]:
     return error, had_ended, bool(stopped)
 
 
-def test_work_that_waits_for_ever_is_given_up_when_another_rank_fails(
+def test_work_that_waits_forever_is_abandoned_when_another_rank_fails(
     ranks_2: ProcessGroup,
 ) -> None:
     assert ranks_2.run(watching)[0] == (OF_RANK_1, False, True)
 
 
-def test_watched_work_is_done_before_it_returns_and_its_error_is_raised() -> None:
+def test_watched_waits_for_its_work_and_raises_its_error() -> None:
     done: list[int] = []
 
     def work(_: Callable[[], None]) -> str:
@@ -257,7 +257,9 @@ def digests(of_rank: list[str]) -> str:
     return NOTHING
 
 
-def test_a_digest_that_differs_is_refused_on_every_rank_by_name(ranks_4: ProcessGroup) -> None:
+def test_a_digest_that_differs_is_refused_on_every_rank_and_names_the_ranks(
+    ranks_4: ProcessGroup,
+) -> None:
     assert set(ranks_4.run(digests, ["a", "a", "a", "a"])) == {NOTHING}
     for error in ranks_4.run(digests, ["a", "b", "a", "c"]):
         assert "the cut differs between ranks: ranks [1, 3] disagree with rank 0" in error
@@ -270,15 +272,15 @@ def decided(values: list[float], text: str) -> tuple[float, str]:
 
 
 @pytest.mark.parametrize("text", ["", "ein Wort: über", "x" * 10_000])
-def test_rank_0s_text_and_the_largest_value_are_the_same_on_every_rank(
+def test_every_rank_gets_the_text_of_rank_0_and_the_largest_value(
     ranks_2: ProcessGroup, text: str
 ) -> None:
-    # Trailing white space tells an empty text from none at all.
+    # An empty text is sent as a space, so trailing white space is ignored.
     assert [(value, said.rstrip()) for value, said in ranks_2.run(decided, [-2.0, -1.0], text)] == [
         (-1.0, text)
     ] * 2
 
 
-def test_the_largest_of_values_with_nan_is_nan(ranks_2: ProcessGroup) -> None:
+def test_the_largest_value_is_nan_if_any_value_is_nan(ranks_2: ProcessGroup) -> None:
     for value, _ in ranks_2.run(decided, [float("nan"), 1.0], "a"):
         assert value != value

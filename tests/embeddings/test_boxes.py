@@ -1,4 +1,4 @@
-"""Which part of a table each rank holds."""
+"""The part of a table that each rank holds."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def test_a_table_of_one_row_over_many_ranks_is_one_shard() -> None:
     assert shards_of(plan, 1, 8, 64).tolist() == [(0, 0, 0, 1, 8)]
 
 
-def test_every_rank_holds_a_data_parallel_table_whole() -> None:
+def test_every_rank_holds_the_whole_of_a_data_parallel_table() -> None:
     held = shards_of(ParameterSharding(ShardingType.DATA_PARALLEL.value, "dense"), 5, 4, 3)
     assert held.dtype == SHARD
     assert held.tolist() == [(rank, 0, 0, 5, 4) for rank in range(3)]
 
 
 @given(st.data(), st.integers(1, 30), st.integers(1, 16), st.integers(1, 64))
-def test_shards_are_those_of_the_plan_in_its_order(
+def test_shards_match_the_plan_and_its_order(
     data: st.DataObject, rows: int, columns: int, ranks: int
 ) -> None:
     planned = data.draw(placements(rows, columns, ranks, CUT_KINDS))

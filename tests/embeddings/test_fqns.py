@@ -1,4 +1,4 @@
-"""Own fqns: those of the model as its author wrote it, whatever wraps its modules."""
+"""Own fqns: the fqns of the model as its author wrote it, whatever wraps its modules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plain() -> nn.Module:
 
 
 def wrapped_in_every_way() -> nn.Module:
-    """Compiled inside of gates, gated, the gates compiled, and all of it compiled."""
+    """A model compiled inside its gates, gated, compiled around its gates and as a whole."""
     model = plain()
     dense = model.model.dense_arch  # type: ignore[union-attr]
     dense.model = torch.compile(dense.model, backend="eager")
@@ -41,7 +41,7 @@ def wrapped_in_every_way() -> nn.Module:
     return compiled_model
 
 
-def test_the_own_fqns_of_a_wrapped_model_are_those_of_the_plain_one_and_its_gates() -> None:
+def test_own_fqns_of_a_wrapped_model_are_the_plain_fqns_and_its_gates() -> None:
     model = wrapped_in_every_way()
     names = {name for name, _ in model.named_parameters()}
     assert not names & set(plain().state_dict())
@@ -51,7 +51,7 @@ def test_the_own_fqns_of_a_wrapped_model_are_those_of_the_plain_one_and_its_gate
     assert {name for name, _ in own_tensors(model)} >= own
 
 
-def test_own_fqns_find_gated_modules_with_their_gates_and_not_what_compiles_them() -> None:
+def test_own_fqns_find_gated_modules_and_not_their_compile_wrappers() -> None:
     model = wrapped_in_every_way()
     assert type(module_at(model, EBC)) is GatedEmbeddingBagCollection
     assert type(module_at(model, "model.dense_arch")) is GatedDense
@@ -60,7 +60,7 @@ def test_own_fqns_find_gated_modules_with_their_gates_and_not_what_compiles_them
     assert modules.keys() >= dict(plain().named_modules()).keys()
 
 
-def test_what_is_uncompiled_is_compiled_again_at_the_same_own_fqns() -> None:
+def test_uncompiled_modules_are_compiled_again_at_the_same_own_fqns() -> None:
     taken = blueprint(wrapped_in_every_way())
     assert not compilers(taken.model)
     assert set(taken.compilers) == {"", "model.dense_arch", "model.dense_arch.model"}
@@ -71,7 +71,7 @@ def test_what_is_uncompiled_is_compiled_again_at_the_same_own_fqns() -> None:
     }
 
 
-def test_compilers_find_their_modules_below_gates_that_were_attached_since() -> None:
+def test_compilers_find_their_modules_below_gates_attached_later() -> None:
     model = plain()
     dense = model.model.dense_arch  # type: ignore[union-attr]
     dense.model = torch.compile(dense.model, backend="eager")
@@ -81,7 +81,7 @@ def test_compilers_find_their_modules_below_gates_that_were_attached_since() -> 
     assert "model.dense_arch._module.model._orig_mod" in names
 
 
-def test_a_plan_goes_to_own_fqns_and_back_to_those_of_the_model() -> None:
+def test_a_plan_converts_to_own_fqns_and_back_to_the_fqns_of_the_model() -> None:
     model = wrapped_in_every_way()
     module_plan = EmbeddingModuleShardingPlan({})
     raw = ShardingPlan({f"_orig_mod.{EBC}": module_plan})

@@ -1,4 +1,4 @@
-"""Each private name of TorchRec is there, and means what the engine takes it for."""
+"""Each private name of TorchRec exists and means what the engine assumes."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from torchrec_fmp.gates.sharded import sharders
 
 
 class Renamed:
-    """What an upgrade leaves where it renamed a private attribute."""
+    """An object whose private attribute was renamed by an upgrade."""
 
 
-def test_a_name_that_is_gone_is_an_error_that_names_owner_and_version() -> None:
+def test_the_error_for_a_missing_name_names_owner_and_version() -> None:
     with pytest.raises(seams.SeamError, match=r"Renamed has no '_topology' in torchrec 1\."):
         seams.topology_of(Renamed())  # type: ignore[arg-type]
 
 
-def test_a_name_that_is_gone_is_never_set_as_a_new_attribute() -> None:
+def test_a_missing_name_is_never_set_as_a_new_attribute() -> None:
     optimizer = Renamed()
     with pytest.raises(seams.SeamError, match="has no '_replicate_params'"):
         seams.set_clipped_parameters(optimizer, [])  # type: ignore[arg-type]
@@ -69,12 +69,14 @@ def check_model() -> None:
     assert int(seams.step_counters(kernels[0])[0]) == 7
 
 
-def test_a_sharded_model_shows_its_group_tables_kernels_and_steps(ranks: ProcessGroup) -> None:
+def test_seams_expose_the_group_tables_kernels_and_steps_of_a_sharded_model(
+    ranks: ProcessGroup,
+) -> None:
     ranks.run(check_model)
 
 
 def outputs_in_two_orders(forget: bool) -> bool:
-    """Whether a model that has seen one order of keys computes the same for another one."""
+    """Whether a model that has seen one order of keys gives the same output for another."""
     model = shard(Case()).eval()
     first, reordered = batch(3), batch(3)
     features = first.sparse_features
@@ -89,7 +91,7 @@ def outputs_in_two_orders(forget: bool) -> bool:
     return torch.equal(found, expected)
 
 
-def test_a_collection_finds_its_features_again_once_it_has_forgotten_their_order(
+def test_forgetting_the_input_order_lets_a_collection_accept_another_order(
     ranks_1: ProcessGroup,
 ) -> None:
     assert ranks_1.run(outputs_in_two_orders, True) == [True]
@@ -106,7 +108,9 @@ def check_sequences() -> None:
     assert names == list(SEQUENCE_TABLES)
 
 
-def test_a_sequence_collection_shows_its_options_and_tables(ranks_1: ProcessGroup) -> None:
+def test_seams_expose_the_options_and_tables_of_a_sequence_collection(
+    ranks_1: ProcessGroup,
+) -> None:
     ranks_1.run(check_sequences)
 
 
@@ -119,7 +123,7 @@ def sequences(**options: bool) -> EmbeddingCollection:
 
 @pytest.mark.parametrize("option", ["need_indices", "use_gather_select"])
 @pytest.mark.parametrize("value", [True, False])
-def test_the_options_of_a_sequence_collection_make_it_again(option: str, value: bool) -> None:
+def test_the_options_of_a_sequence_collection_recreate_it(option: str, value: bool) -> None:
     options = seams.sequence_options(sequences(**{option: value}))
     assert options[option] is value
     assert seams.sequence_options(sequences(**options)) == options
@@ -142,7 +146,7 @@ def model_of(*tables: str) -> nn.Module:
     return nn.ModuleDict({"bags": collection})
 
 
-def test_a_planner_shows_what_it_was_made_with() -> None:
+def test_seams_expose_the_arguments_of_a_planner() -> None:
     constraints = {"a": ParameterConstraints(sharding_types=["row_wise"])}
     made = planner(constraints=constraints)
     assert seams.topology_of(made).world_size == 2
@@ -168,7 +172,7 @@ def test_a_copied_planner_plans_by_its_own_constraints_and_keeps_no_model() -> N
     assert {it.sharding_type for it in again.values()} == {"row_wise"}  # type: ignore[attr-defined]
 
 
-def test_an_options_priced_tensor_is_the_one_that_estimators_see() -> None:
+def test_the_priced_tensor_of_an_option_is_the_one_that_estimators_see() -> None:
     made = planner()
     model = model_of("a")
     (option, *_) = made._enumerator.enumerate(model, list(sharders()))
@@ -195,7 +199,7 @@ def test_wrapped_and_combined_optimizers_are_found_and_replaced() -> None:
     assert combined.optimizers == [("y", second)]
 
 
-def test_the_parameters_that_are_clipped_are_those_that_were_set() -> None:
+def test_only_the_parameters_that_were_set_are_clipped() -> None:
     parameter, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = GradientClippingOptimizer(
         keyed(parameter), GradientClipping.VALUE, max_gradient=1.0
@@ -225,12 +229,12 @@ def test_optimizers_in_the_backward_pass_are_found_added_and_copied() -> None:
     assert seams.backward_classes(fresh) == [torch.optim.Adam]
 
 
-def test_the_linear_layers_of_an_mlp_are_where_they_are_looked_for() -> None:
+def test_the_linear_layers_of_an_mlp_are_at_the_expected_fqns() -> None:
     mlp = MLP(3, [4, 5])
     perceptron = mlp.get_submodule(f"{seams.MLP_LAYERS}.0")
     assert isinstance(perceptron, Perceptron)
     assert isinstance(perceptron.get_submodule(seams.PERCEPTRON_LINEAR), nn.Linear)
 
 
-def test_the_models_of_the_tests_are_torchrecs_own() -> None:
+def test_the_tests_use_torchrecs_own_model() -> None:
     assert type(build(Case(gated=False))) is DLRMTrain

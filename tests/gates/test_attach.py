@@ -1,4 +1,4 @@
-"""Gates get into a model once, where they were asked for, and are found again."""
+"""Gates are attached to a model once, where requested, and can be found again."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_model_without_a_collection_may_have_gated_dense_inputs() -> None:
     assert [fqn for fqn, _ in feature_gates(model)] == ["dense.gates"]
 
 
-def test_gates_are_attached_only_once() -> None:
+def test_attaching_gates_twice_is_refused() -> None:
     model = attach_gates(dlrm(), GateConfig())
     with pytest.raises(ValueError, match="has gates already"):
         attach_gates(model, GateConfig())
@@ -102,7 +102,7 @@ def sequence_collection(*features: str) -> EmbeddingCollection:
     return EmbeddingCollection(tables=tables)
 
 
-def test_collections_that_overlap_share_gates_also_through_a_third_one() -> None:
+def test_overlapping_collections_share_gates_even_through_a_third_one() -> None:
     model = nn.ModuleDict(
         {
             "wide": collection(["a", "b"]),
@@ -128,7 +128,7 @@ def test_collections_that_overlap_share_gates_also_through_a_third_one() -> None
     assert len(group["params"]) == 2
 
 
-def test_a_shared_feature_has_the_same_noise_in_all_its_readers_and_sums_their_gradients() -> None:
+def test_a_shared_gate_has_the_same_noise_in_all_collections_and_sums_their_gradients() -> None:
     model = nn.ModuleDict({"wide": collection(["a", "b"]), "deep": collection(["c"], ["b"])})
     attach_gates(model, GateConfig(distribution=HardConcrete(temperature=10.0)))
     features = KeyedJaggedTensor(
@@ -158,7 +158,7 @@ def test_collections_of_both_kinds_are_gated_in_place() -> None:
     assert embedding_features(model) == {"ebc": ("a",), "ec": ("s",)}
 
 
-def test_a_collection_that_is_read_in_two_places_is_gated_in_both() -> None:
+def test_a_collection_used_in_two_places_is_gated_in_both() -> None:
     shared = collection(["a"])
     first, second = nn.Module(), nn.Module()
     first.ebc = second.ebc = shared
@@ -195,7 +195,7 @@ def test_a_model_that_is_itself_the_collection_is_refused() -> None:
 @pytest.mark.parametrize(
     "dense", [{"dense_arhc": ["x", "y"]}, {"dense_arch": ["x", "c"]}], ids=["fqn", "name"]
 )
-def test_a_refused_attachment_leaves_the_model_as_it_was(dense: dict[str, list[str]]) -> None:
+def test_a_refused_attachment_leaves_the_model_unchanged(dense: dict[str, list[str]]) -> None:
     model = dlrm()
     with pytest.raises((AttributeError, ValueError)):
         attach_gates(model, GateConfig(), dense)
@@ -203,7 +203,7 @@ def test_a_refused_attachment_leaves_the_model_as_it_was(dense: dict[str, list[s
     assert type(model.get_submodule(EBC)) is EmbeddingBagCollection
 
 
-def test_gate_optimizer_steps_gates_alone_and_keeps_them_in_their_bounds() -> None:
+def test_gate_optimizer_steps_only_gates_and_keeps_them_in_bounds() -> None:
     model = attach_gates(dlrm(), GateConfig(), {"dense_arch": ["x", "y"]})
     optimizer = gate_optimizer(model, learning_rate=100.0)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -30,7 +30,7 @@ def noise(step: int = 3, **config: object) -> Tensor:
 
 
 @pytest.mark.parametrize(("sampling", "shape"), [("batch", (3,)), ("example", (BATCH_SIZE, 3))])
-def test_sampled_gates_lie_in_0_to_1_and_have_the_shape_of_the_sampling(
+def test_sampled_gates_lie_between_0_and_1_and_have_the_shape_of_the_sampling(
     sampling: str, shape: tuple[int, ...]
 ) -> None:
     z = build(sampling=sampling)(0, BATCH_SIZE)
@@ -41,7 +41,7 @@ def test_sampled_gates_lie_in_0_to_1_and_have_the_shape_of_the_sampling(
 
 
 @pytest.mark.parametrize("sampling", ["batch", "example"])
-def test_noise_ignores_and_leaves_alone_the_global_generator(sampling: str) -> None:
+def test_noise_neither_uses_nor_changes_the_global_generator(sampling: str) -> None:
     torch.manual_seed(0)
     expected_global = torch.rand(4)
     torch.manual_seed(0)
@@ -75,18 +75,18 @@ def on_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
         ("rank", lambda monkeypatch: on_rank(1, monkeypatch)),
     ],
 )
-def test_noise_differs_in_each_of_seed_step_rank_and_name(
+def test_noise_depends_on_each_of_seed_step_rank_and_name(
     key: str, other: Callable[[pytest.MonkeyPatch], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert torch.equal(noise(), on_rank(0, monkeypatch))
     assert (other(monkeypatch) != noise()).all(), key
 
 
-def test_examples_and_features_have_their_own_noise() -> None:
+def test_noise_differs_between_examples_and_features() -> None:
     assert noise(sampling="example").unique().numel() == BATCH_SIZE * len(FEATURES)
 
 
-def test_open_gates_are_exactly_1_with_a_zero_gradient_and_open_again_as_before() -> None:
+def test_open_gates_are_exactly_1_with_a_zero_gradient_and_later_sample_as_before() -> None:
     gates = build()
     sampled = gates(0, BATCH_SIZE)
     gates.set_open(True)
@@ -101,7 +101,7 @@ def test_open_gates_are_exactly_1_with_a_zero_gradient_and_open_again_as_before(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_fixed_gates_have_the_selections_values_until_they_are_freed(training: bool) -> None:
+def test_fixed_gates_have_the_values_of_the_selection_until_released(training: bool) -> None:
     gates = build().train(training)
     before = gates(0, BATCH_SIZE)
     gates.fix({"c": 0.25, "a": 1.0, "b": 0.0, "of another module": 0.5})
@@ -113,7 +113,7 @@ def test_fixed_gates_have_the_selections_values_until_they_are_freed(training: b
     assert torch.equal(gates(0, BATCH_SIZE), before)
 
 
-def test_a_selection_without_one_of_the_features_is_refused() -> None:
+def test_a_selection_that_lacks_a_feature_is_refused() -> None:
     with pytest.raises(KeyError, match="c"):
         build().fix({"a": 1.0, "b": 0.0})
 
@@ -147,14 +147,14 @@ def test_clamp_brings_log_alpha_back_into_its_bounds_and_no_further() -> None:
     assert gates.log_alpha.tolist() == [-3.0, 0.5, 4.0]
 
 
-def test_default_bounds_reach_an_exactly_closed_and_an_exactly_open_gate() -> None:
+def test_default_bounds_allow_exactly_closed_and_exactly_open_gates() -> None:
     gates = build()
     for bound, value in zip(gates.config.log_alpha_bounds, (0.0, 1.0), strict=True):
         torch.nn.init.constant_(gates.log_alpha, bound)
         assert gates.values().tolist() == [value] * 3
 
 
-def test_reset_puts_every_gate_at_its_start() -> None:
+def test_reset_returns_every_gate_to_its_initial_value() -> None:
     gates = build(initial_log_alpha=0.75)
     assert gates.log_alpha.tolist() == [0.75] * 3
     torch.nn.init.zeros_(gates.log_alpha)
@@ -175,14 +175,14 @@ def test_reset_puts_every_gate_at_its_start() -> None:
         ({"initial_log_alpha": float("nan")}, "initial_log_alpha is nan"),
     ],
 )
-def test_a_start_or_bounds_that_do_not_fit_are_refused(
+def test_invalid_initial_log_alpha_or_bounds_are_refused(
     config: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         GateConfig(**config)  # type: ignore[arg-type]
 
 
-def test_the_reported_gates_are_those_that_evaluation_uses() -> None:
+def test_values_are_the_gates_that_evaluation_uses() -> None:
     gates = FeatureGates(("a", "b"), GateConfig(), name="x").eval()
     for is_open in (True, False):
         gates.set_open(is_open)

@@ -1,4 +1,4 @@
-"""Gates behind the lookup and in front of a dense module, in one process."""
+"""Gates after the lookup and before a dense module, in one process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tables(dims: tuple[int, int, int], pooling: PoolingType) -> list[EmbeddingBa
 
 
 def batch(size: int, weighted: bool = False) -> KeyedJaggedTensor:
-    """0 to 3 ids an example, keys in another order than the tables'."""
+    """0 to 3 ids per example, with keys in a different order from the tables."""
     generator = torch.Generator().manual_seed(size)
     lengths = torch.randint(0, 4, (3 * size,), generator=generator)
     total = int(lengths.sum())
@@ -145,7 +145,7 @@ def test_training_forwards_draw_new_noise_and_count_the_steps() -> None:
     assert gated.ebc.step.value == 2
 
 
-def test_gates_pass_the_collections_properties_on() -> None:
+def test_a_gated_collection_exposes_the_properties_of_its_collection() -> None:
     collection = EmbeddingBagCollection(
         tables=tables((4, 4, 4), PoolingType.SUM), is_weighted=True, device=torch.device("meta")
     )
@@ -155,7 +155,7 @@ def test_gates_pass_the_collections_properties_on() -> None:
     assert gated.device == torch.device("meta")
 
 
-def test_dense_gates_scale_the_columns_of_the_modules_input() -> None:
+def test_dense_gates_scale_the_columns_of_the_input() -> None:
     linear = nn.Linear(3, 2)
     gated = GatedDense(linear, FeatureGates(FEATURES, GateConfig(), name="dense"))
     gated.gates.fix({"a": 0.0, "b": 0.5, "c": 1.0})
@@ -163,7 +163,7 @@ def test_dense_gates_scale_the_columns_of_the_modules_input() -> None:
     assert torch.equal(gated(dense), linear(dense * torch.tensor([0.0, 0.5, 1.0])))
 
 
-def test_a_dense_input_with_another_number_of_columns_is_refused() -> None:
+def test_a_dense_input_with_the_wrong_number_of_columns_is_refused() -> None:
     gated = GatedDense(nn.Linear(2, 1), FeatureGates(["x", "y"], GateConfig(), name="dense_arch"))
     with pytest.raises(ValueError, match="has 3 columns and 'dense_arch' has 2 gates: name every"):
         gated(torch.zeros(4, 3))

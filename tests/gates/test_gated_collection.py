@@ -40,7 +40,7 @@ from torchrec_fmp.gates.step_counter import StepCounter
 
 
 def train(dmp: DistributedModelParallel, case: Case) -> list[Tensors]:
-    """Loss, logits and the gradients that are not fused, of each step."""
+    """Loss, logits and non-fused gradients of each step."""
     optimizer = optimizers(dmp)
     steps = []
     for batch in batches(case):
@@ -54,7 +54,7 @@ def train(dmp: DistributedModelParallel, case: Case) -> list[Tensors]:
 
 
 def plain_names(tensors: Mapping[str, Any]) -> Tensors:
-    """The gated model's names as the plain model has them; the gates' own stay away."""
+    """Tensors under their names in the plain model, without the tensors of the gates."""
     return {
         name.replace("._embedding_bag_collection", "").replace("._module", ""): tensor
         for name, tensor in local(tensors).items()
@@ -63,7 +63,7 @@ def plain_names(tensors: Mapping[str, Any]) -> Tensors:
 
 
 def trained_with_open_gates(case: Case) -> dict[str, Tensors]:
-    """What a plain and a gated model did, under the same keys."""
+    """Results of training, under the same keys for a plain and a gated model."""
     dmp = shard(case, build_model(case))
     set_open(dmp, True)
     steps = train(dmp, case)
@@ -95,14 +95,14 @@ def test_open_gates_change_no_bit_of_three_training_steps(ranks: ProcessGroup, c
             assert computed[key].keys() == expected[key].keys(), where
             for name, tensor in expected[key].items():
                 assert torch.equal(computed[key][name], tensor), f"{where}, {name}"
-    # The comparison must have had something to compare.
+    # The comparison must not be vacuous.
     assert any("sum" in name or "momentum" in name for name in plain[0]["fused state"])
     first, last = plain[0]["step 0"], plain[0]["step 2"]
     assert not torch.equal(first["logits"], last["logits"])
 
 
 def spread(model: nn.Module) -> None:
-    """A closed gate, an open one and two between."""
+    """Sets one gate closed, one open and two in between."""
     for _, gates in feature_gates(model):
         with torch.no_grad():
             gates.log_alpha.copy_(torch.tensor([-3.0, 0.7, 2.4, -1.0])[: len(gates.features)])
@@ -115,7 +115,7 @@ def outputs(model: nn.Module, batch: Batch) -> Tensors:
 
 
 def evaluated(case: Case) -> list[tuple[Tensors, Tensors]]:
-    """Pooled embeddings and logits of two batches: of the sharded model, and of the unsharded."""
+    """Pooled embeddings and logits of two batches, of the sharded and the unsharded model."""
     whole = build_model(case).eval()
     spread(whole)
     dmp = shard(case, copy.deepcopy(whole)).eval()
@@ -131,7 +131,7 @@ def evaluated(case: Case) -> list[tuple[Tensors, Tensors]]:
 
 
 @pytest.mark.parametrize("case", [*CASES, Case("mixed")], ids=str)
-def test_evaluation_equals_that_of_the_unsharded_gated_model_and_counts_no_step(
+def test_evaluation_matches_the_unsharded_gated_model_and_counts_no_step(
     ranks: ProcessGroup, case: Case
 ) -> None:
     for results in ranks.run(evaluated, case):
@@ -160,7 +160,7 @@ class Pooled(nn.Module):
 
 
 def pooled_by_two_tables() -> tuple[Tensors, Tensors]:
-    """By key, of the sharded model and of the unsharded."""
+    """Pooled embeddings by key, of the sharded and the unsharded model."""
     torch.manual_seed(0)
     whole = attach_gates(Pooled(), GateConfig()).eval()
     spread(whole)
@@ -182,7 +182,7 @@ def test_a_feature_of_two_tables_has_the_same_gate_in_both_when_sharded(
 
 
 def traced(case: Case) -> tuple[Tensor, Tensor]:
-    """Logits of the sharded model, and of its FX graph."""
+    """Logits of the sharded model and of its FX graph."""
     model = get_unwrapped_module(shard(case, build_model(case))).eval()
     leaves = [ShardedGatedEmbeddingBagCollection.__name__, GatedDense.__name__]
     graph = symbolic_trace(model, leaf_modules=leaves)
@@ -197,7 +197,7 @@ def test_fx_traces_a_gated_model_with_its_gated_modules_as_leaves(ranks: Process
 
 
 def planned(sharding_type: str) -> dict[str, str]:
-    """The planner's sharding type of each table of a gated model."""
+    """Sharding type that the planner chooses for each table of a gated model."""
     world_size = dist.get_world_size()
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, compute_device="cpu"),

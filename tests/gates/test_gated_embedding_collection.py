@@ -46,7 +46,7 @@ from torchrec_fmp.surgery.blueprint import blueprint
 
 
 def plain_names(tensors: Mapping[str, Any]) -> Tensors:
-    """The gated model's names as the plain model has them; the gates' own stay away."""
+    """Tensors under their names in the plain model, without the tensors of the gates."""
     return {
         name.replace("._embedding_collection", "").replace("._embedding_bag_collection", ""): tensor
         for name, tensor in local(tensors).items()
@@ -55,7 +55,7 @@ def plain_names(tensors: Mapping[str, Any]) -> Tensors:
 
 
 def trained_with_open_gates(case: Case) -> dict[str, Tensors]:
-    """What a plain and a gated model did, under the same keys."""
+    """Results of training, under the same keys for a plain and a gated model."""
     dmp = shard(case, build_model(case))
     set_open(dmp, True)
     optimizer = optimizers(dmp)
@@ -85,7 +85,7 @@ def test_open_gates_change_no_bit_of_three_training_steps(
             assert computed[key].keys() == expected[key].keys(), where
             for name, tensor in expected[key].items():
                 assert torch.equal(computed[key][name], tensor), f"{where}, {name}"
-    # The comparison must have had something to compare.
+    # The comparison must not be vacuous.
     assert plain[0]["fused state"]
     assert not torch.equal(plain[0]["step 0"]["logits"], plain[0]["step 2"]["logits"])
 
@@ -105,7 +105,7 @@ def sequences(model: nn.Module, batch: Any) -> Tensors:
 
 
 def sampled(case: Case) -> list[tuple[Tensors, Tensors]]:
-    """Outputs and the gradient of log_alpha, sharded and not, of two training steps."""
+    """Outputs and the gradient of log_alpha in two training steps, sharded and unsharded."""
     whole = build_model(case)
     dmp = shard(case, copy.deepcopy(whole))
     # On CPU the sharded tables start from new random weights.
@@ -120,10 +120,10 @@ def sampled(case: Case) -> list[tuple[Tensors, Tensors]]:
             loss.backward()
             assert gates.log_alpha.grad is not None
             found.append({"logits": logits.detach(), "gradient": gates.log_alpha.grad.clone()})
-        # DistributedDataParallel has averaged that of the sharded model.
+        # DistributedDataParallel has averaged the gradient of the sharded model.
         dist.all_reduce(found[1]["gradient"])
         found[1]["gradient"] /= dist.get_world_size()
-        # The fused optimizer has moved the sharded tables alone.
+        # The fused optimizer has updated only the sharded tables.
         dmp.load_state_dict(whole.state_dict())
         results.append((found[0], found[1]))
     return results
@@ -131,7 +131,7 @@ def sampled(case: Case) -> list[tuple[Tensors, Tensors]]:
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 @pytest.mark.parametrize(("sampling", "centered"), [("batch", False), ("example", True)])
-def test_noise_and_gradients_equal_those_of_the_unsharded_gated_model(
+def test_noise_and_gradients_match_the_unsharded_gated_model(
     ranks: ProcessGroup, sharding: str, sampling: Literal["batch", "example"], centered: bool
 ) -> None:
     # No gate is sampled at exactly 0 or 1, where its gradient is zero.
@@ -147,7 +147,7 @@ def test_noise_and_gradients_equal_those_of_the_unsharded_gated_model(
 
 
 def evaluated(case: Case) -> tuple[Tensors, Tensors]:
-    """Embeddings of one batch by key: of the sharded model, and of the unsharded."""
+    """Embeddings of one batch by key, of the sharded and the unsharded model."""
     whole = build_model(case).eval()
     ((_, gates),) = feature_gates(whole)
     with torch.no_grad():
@@ -162,9 +162,7 @@ def evaluated(case: Case) -> tuple[Tensors, Tensors]:
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_evaluation_equals_that_of_the_unsharded_gated_model(
-    ranks: ProcessGroup, sharding: str
-) -> None:
+def test_evaluation_matches_the_unsharded_gated_model(ranks: ProcessGroup, sharding: str) -> None:
     for sharded, unsharded in ranks.run(evaluated, Case(sharding)):
         assert sharded.keys() == unsharded.keys()
         assert {name.split()[0] for name in unsharded} == set(KEYS)
@@ -174,7 +172,7 @@ def test_evaluation_equals_that_of_the_unsharded_gated_model(
 
 
 def sharing(case: Case) -> dict[str, Any]:
-    """How often a shared gate is seen, and its values after training."""
+    """Places where a shared gate appears, and its values after training."""
     dmp = shard(case, build_model(case))
     optimizer = optimizers(dmp)
     for batch in batches():
@@ -207,7 +205,7 @@ def test_collections_that_share_a_feature_share_one_parameter_when_sharded(
         assert torch.equal(rank["log_alpha"], found[0]["log_alpha"])
         assert (rank["log_alpha"] != GateConfig().initial_log_alpha).all()
         assert rank["steps"] == [STEPS, STEPS]
-        # As PyTorch saves any tensor that two modules share.
+        # PyTorch saves a tensor that two modules share under both names.
         assert rank["state"] == {"ec.gates.log_alpha", "ebc.gates.log_alpha"}
 
 
@@ -241,7 +239,7 @@ def test_a_pipeline_that_runs_ahead_ends_bit_equal_to_a_plain_loop(ranks: Proces
 
 
 def resumed(case: Case) -> tuple[Tensors, Tensors]:
-    """Gates of the coming step, of a trained model and of another that loaded its state."""
+    """Gated outputs of the next step, of a trained model and of one that loaded its state."""
     dmp, other = (shard(case, build_model(case)) for _ in range(2))
     for batch in batches():
         dmp(batch)[0].backward()
@@ -252,7 +250,7 @@ def resumed(case: Case) -> tuple[Tensors, Tensors]:
     return first, second
 
 
-def test_the_noise_goes_on_where_a_loaded_state_dict_left_it(ranks: ProcessGroup) -> None:
+def test_noise_continues_from_the_step_of_a_loaded_state_dict(ranks: ProcessGroup) -> None:
     for expected, computed in ranks.run(resumed, Case(bags=True)):
         for name, tensor in expected.items():
             assert torch.equal(computed[name], tensor), name
@@ -305,14 +303,14 @@ def forgetful_blueprint(case: Case) -> str:
     return str(error.value)
 
 
-def test_a_collection_whose_optimizers_are_forgotten_is_refused(ranks_1: ProcessGroup) -> None:
+def test_a_collection_sharded_by_torchrecs_own_sharder_is_refused(ranks_1: ProcessGroup) -> None:
     (message,) = ranks_1.run(forgetful_blueprint, Case("table_wise", gates=None))
     assert message.startswith("ec was sharded by TorchRec's EmbeddingCollectionSharder")
     assert message.endswith("shard with torchrec_fmp.sharders()")
 
 
 def planned(sharding_type: str) -> dict[str, dict[str, str]]:
-    """The planner's sharding type of each table of a gated model."""
+    """Sharding type that the planner chooses for each table of a gated model."""
     world_size = dist.get_world_size()
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=world_size, compute_device="cpu"),
@@ -347,7 +345,9 @@ def types_of_a_model_sharded_by_default() -> tuple[type, type]:
     return before, type(get_unwrapped_module(dmp).ec)
 
 
-def test_sharding_replaces_the_gated_collection_by_its_counterpart(ranks_1: ProcessGroup) -> None:
+def test_sharding_replaces_the_gated_collection_with_its_sharded_counterpart(
+    ranks_1: ProcessGroup,
+) -> None:
     assert ranks_1.run(types_of_a_model_sharded_by_default) == [
         (GatedEmbeddingCollection, ShardedGatedEmbeddingCollection)
     ]

@@ -1,4 +1,4 @@
-"""Gated collections in TorchRec's pipelines, what is left after one is detached, and prunes."""
+"""Gated collections in TorchRec's pipelines, after detaching one, and with prunes in between."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def whole_state(dmp: DistributedModelParallel) -> Tensors:
     return local(dmp.state_dict()) | local({"fused": dmp.fused_optimizer.state_dict()["state"]})
 
 
-def test_a_detached_gated_model_trains_on_as_if_it_had_never_been_pipelined(
+def test_a_detached_gated_model_continues_as_if_it_had_never_been_pipelined(
     ranks: ProcessGroup,
 ) -> None:
     case = Case("mixed")
@@ -161,7 +161,7 @@ def pruned_between_pipelines(case: Case) -> tuple[list[float], Tensors]:
     return losses_of(following, some[3:]), whole_state(new)
 
 
-def test_a_prune_between_two_pipelines_changes_no_bit_of_what_a_loop_computes(
+def test_a_prune_between_two_pipelines_is_bit_equal_to_a_prune_in_a_loop(
     ranks: ProcessGroup,
 ) -> None:
     case = Case("mixed")
@@ -181,6 +181,6 @@ def pruned_while_attached(case: Case) -> None:
     pruned(dmp, optimizer, case)
 
 
-def test_a_model_that_is_still_pipelined_is_not_pruned(ranks_2: ProcessGroup) -> None:
+def test_pruning_a_model_attached_to_a_pipeline_is_refused(ranks_2: ProcessGroup) -> None:
     with pytest.raises(RankError, match="ValueError: .*is attached to a train pipeline"):
         ranks_2.run(pruned_while_attached, Case("mixed"))

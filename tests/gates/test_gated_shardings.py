@@ -44,8 +44,8 @@ ON_HOSTS = [
 ]
 
 
-# The only one under which TorchRec's plain collection trains on CPU with a batch size for each
-# feature (docs/shardings.md).
+# The only placement under which TorchRec's plain collection trains on CPU with a batch size for
+# each feature (docs/shardings.md).
 VARIABLE_BATCH = Placement("table_wise", "fused")
 
 
@@ -54,12 +54,12 @@ class Case:
     """A model of several collections.
 
     Args:
-        placement: of every table.
-        gates: None for the plain model.
-        variable_batch: whether every feature has a batch size of its own.
-        expanded: whether those batches are brought to one size by their `inverse_indices`.
+        placement: placement of every table.
+        gates: gate configuration; None for the plain model.
+        variable_batch: whether batch sizes differ between features.
+        expanded: whether those batches are expanded to one size by their `inverse_indices`.
         mean: pooling of the tables `t_mean` and `t_weighted_mean`.
-        optimizer: fused.
+        optimizer: type of the fused optimizer.
     """
 
     placement: Placement
@@ -83,7 +83,7 @@ def table(
 
 
 class Model(nn.Module):
-    """Mixed dimensions, both poolings, a shared table, a weighted collection, one of one table."""
+    """Mixed dimensions, both poolings, a shared table, a weighted and a one-table collection."""
 
     def __init__(self, mean: PoolingType) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ Inputs = tuple[KeyedJaggedTensor, KeyedJaggedTensor, Tensor]
 
 
 def batches(case: Case) -> Iterator[Inputs]:
-    """Features of the plain collections, of the weighted one, and labels; each rank has its own."""
+    """Plain features, weighted features and labels, which differ between ranks."""
     generator = torch.Generator().manual_seed(1000 + dist.get_rank())
     for _ in range(STEPS):
         plain = features("gdcba", case.variable_batch, generator)
@@ -151,7 +151,7 @@ def batches(case: Case) -> Iterator[Inputs]:
 
 
 def expand(some: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """The same examples with a bag of their own for every feature."""
+    """The same examples, with a separate bag per example for every feature."""
     bags: list[Tensor] = []
     weights: list[Tensor] = []
     for jagged, row in zip(some.to_dict().values(), some.inverse_indices()[1], strict=True):
@@ -170,7 +170,7 @@ def expand(some: KeyedJaggedTensor) -> KeyedJaggedTensor:
 def features(
     keys: str, variable_batch: bool, generator: torch.Generator, weighted: bool = False
 ) -> KeyedJaggedTensor:
-    # A feature's distinct bags, of which several examples may have the same one.
+    # Distinct bags of a feature; several examples may share one.
     sizes = [1 + i % BATCH_SIZE if variable_batch else BATCH_SIZE for i in range(len(keys))]
     lengths = torch.randint(0, 4, (sum(sizes),), generator=generator)
     total = int(lengths.sum())
@@ -189,7 +189,7 @@ def features(
 
 
 class Trained(NamedTuple):
-    """What some steps of a model gave, under the plain model's names, and its gates."""
+    """Results of a few steps of a model, under the plain model's names, and its gates."""
 
     steps: list[Tensors]
     state: Tensors
@@ -264,7 +264,7 @@ def test_open_gates_change_no_bit_on_two_hosts(ranks_4: ProcessGroup, placement:
 
 
 def check_sampled_gates(group: ProcessGroup, case: Case) -> None:
-    """With SGD, every placement does the same arithmetic, so the gates must go the same way."""
+    """With SGD, every placement does the same arithmetic, so the gates must train alike."""
     reference = replace(case, placement=VARIABLE_BATCH)
     for expected, computed in zip(
         group.run(trained, reference, False, 2),
@@ -282,22 +282,22 @@ def check_sampled_gates(group: ProcessGroup, case: Case) -> None:
 def test_sampled_gates_train_alike_under_every_placement(
     ranks_4: ProcessGroup, placement: Placement
 ) -> None:
-    # TorchRec's own mean depends on the placement: see the test of it below.
+    # TorchRec's own mean pooling depends on the placement: see its test below.
     case = Case(placement, GateConfig(), mean=PoolingType.SUM, optimizer=EmbOptimType.EXACT_SGD)
     check_sampled_gates(ranks_4, case)
 
 
-def test_open_gates_change_no_bit_where_every_feature_has_its_own_batch_size(
+def test_open_gates_change_no_bit_with_a_batch_size_per_feature(
     ranks_4: ProcessGroup,
 ) -> None:
     check_open_gates(ranks_4, Case(VARIABLE_BATCH, variable_batch=True), 2)
 
 
 @pytest.mark.parametrize(("sampling", "centered"), [("example", True), ("batch", False)])
-def test_sampled_gates_train_as_on_the_expanded_batch_where_every_feature_has_its_own_batch_size(
+def test_sampled_gates_with_a_batch_size_per_feature_train_as_on_the_expanded_batch(
     ranks_4: ProcessGroup, sampling: Literal["example", "batch"], centered: bool
 ) -> None:
-    # Not 0, next to which what rounding leaves of a gradient would count as a move.
+    # Not 0: near 0, a change by the rounding error of a zero gradient would count as a move.
     gates = GateConfig(initial_log_alpha=1.5, sampling=sampling, centered=centered)
     case = Case(VARIABLE_BATCH, gates, variable_batch=True, optimizer=EmbOptimType.EXACT_SGD)
     for expected, computed in zip(
@@ -331,7 +331,7 @@ def means(placement: Placement) -> tuple[Tensor, Tensor]:
 def test_torchrecs_own_mean_pooling_depends_on_the_sharding_type(
     ranks_4: ProcessGroup, sharding: str, unweighted_is_equal: bool
 ) -> None:
-    """What a prune that changes the sharding type of such a table must know; docs/shardings.md."""
+    """A prune that changes the sharding type of such a table must know this; docs/shardings.md."""
     by_table = ranks_4.run(means, Placement("table_wise", "fused"))
     others = ranks_4.run(means, Placement(sharding, "fused"))
     for (mean, weighted), (other_mean, other_weighted) in zip(by_table, others, strict=True):

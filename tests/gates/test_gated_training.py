@@ -34,7 +34,7 @@ from torchrec_fmp.gates.step_counter import StepCounter
 
 
 def trained_gates(case: Case) -> tuple[Tensors, Tensors, Tensors]:
-    """log_alpha after training, the gates of the coming step, and the whole state."""
+    """log_alpha after training, the gates of the next step, and the whole state."""
     dmp = shard(case, build_model(case))
     run_steps(dmp, optimizers(dmp), list(batches(case)))
     gates = dict(feature_gates(dmp))
@@ -49,7 +49,7 @@ def trained_gates(case: Case) -> tuple[Tensors, Tensors, Tensors]:
 def test_log_alpha_is_equal_on_all_ranks_although_their_noise_differs(
     ranks_2: ProcessGroup, sampling: Literal["batch", "example"]
 ) -> None:
-    # Nearly open, where a few draws per batch are not all exactly 0 or 1, without a gradient.
+    # Nearly open, so that the few draws per batch are not all exactly 0 or 1, without a gradient.
     config = GateConfig(initial_log_alpha=1.5, sampling=sampling)
     case = Case("mixed", gates=config)
     (log_alphas, noise, _), (other_log_alphas, other_noise, _) = ranks_2.run(trained_gates, case)
@@ -103,13 +103,13 @@ def trained_into_a_selection(case: Case) -> list[Tensors]:
     return values
 
 
-def test_training_goes_on_once_a_selection_has_fixed_the_gates(ranks_1: ProcessGroup) -> None:
+def test_training_continues_after_a_selection_has_fixed_the_gates(ranks_1: ProcessGroup) -> None:
     (values,) = ranks_1.run(trained_into_a_selection, Case("mixed"))
     assert len(values) == STEPS
 
 
 def resumed(case: Case) -> tuple[Tensors, Tensors]:
-    """State after STEPS steps in one model, and after moving into another before the last."""
+    """State after STEPS steps in one model, and after moving to another before the last step."""
     straight, interrupted = (shard(case, build_model(case)) for _ in range(2))
     run_steps(straight, optimizers(straight), list(batches(case)))
     optimizer = optimizers(interrupted)

@@ -48,7 +48,7 @@ def test_open_probability_is_the_integral_of_z_above_0(
 
 @settings(max_examples=40, deadline=None)
 @given(shape=distributions, log_alpha=log_alphas)
-def test_gradient_of_open_probability_is_that_of_the_integral(
+def test_gradient_of_open_probability_matches_the_integral(
     shape: HardConcrete, log_alpha: float
 ) -> None:
     computed_at = torch.tensor([log_alpha], requires_grad=True)
@@ -70,7 +70,7 @@ def test_gradient_of_open_probability_is_that_of_the_integral(
 
 @settings(max_examples=40, deadline=None)
 @given(shape=distributions, log_alpha=log_alphas, power=st.sampled_from([1, 2]))
-def test_moments_of_the_samples_and_their_gradients_are_the_integrals(
+def test_moments_of_the_samples_and_their_gradients_match_the_integrals(
     shape: HardConcrete, log_alpha: float, power: int
 ) -> None:
     computed_at = torch.tensor([log_alpha], requires_grad=True)
@@ -88,7 +88,7 @@ def test_moments_of_the_samples_and_their_gradients_are_the_integrals(
 
 
 @given(shape=distributions)
-def test_deterministic_gate_is_exactly_0_and_1_at_and_beyond_its_thresholds(
+def test_deterministic_gate_is_exactly_0_or_1_beyond_its_thresholds_and_only_there(
     shape: HardConcrete,
 ) -> None:
     closed = torch.tensor([shape.closed_log_alpha])
@@ -106,7 +106,7 @@ def test_default_gate_is_exact_at_the_thresholds_themselves() -> None:
     assert DEFAULT.deterministic(torch.tensor([DEFAULT.open_log_alpha])).item() == 1
 
 
-def test_default_thresholds_are_those_of_the_design() -> None:
+def test_default_thresholds_match_the_design() -> None:
     assert DEFAULT.closed_log_alpha == pytest.approx(-2.398, abs=5e-4)
     assert DEFAULT.open_log_alpha == pytest.approx(2.398, abs=5e-4)
     even = torch.tensor([DEFAULT.temperature * DEFAULT.closed_log_alpha])
@@ -122,7 +122,7 @@ def test_deterministic_gate_is_the_stretched_sigmoid(log_alpha: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("log_alpha", [-1e30, -100.0, 0.0, 100.0, 1e30])
-def test_noise_at_the_ends_and_extreme_parameters_give_finite_gates_and_gradients(
+def test_extreme_noise_and_parameters_give_finite_gates_and_gradients(
     dtype: torch.dtype, log_alpha: float
 ) -> None:
     parameter = torch.full((4,), log_alpha, dtype=dtype, requires_grad=True)
@@ -145,7 +145,7 @@ def test_extreme_noise_reaches_exact_0_and_exact_1() -> None:
     assert z.tolist() == [0.0, 1.0]
 
 
-def test_noise_is_bounded_so_no_draw_opens_a_gate_that_is_far_down() -> None:
+def test_noise_is_bounded_so_no_draw_opens_a_gate_far_below_its_threshold() -> None:
     # The largest logit of the noise is log(1e6), about 13.8.
     assert DEFAULT.sample(torch.tensor([-20.0]), torch.tensor([1.0])).item() == 0
     assert DEFAULT.sample(torch.tensor([20.0]), torch.tensor([0.0])).item() == 1
@@ -163,8 +163,6 @@ def test_noise_is_bounded_so_no_draw_opens_a_gate_that_is_far_down() -> None:
         ({"zeta": math.nan}, "zeta is nan"),
     ],
 )
-def test_a_shape_that_cannot_reach_0_and_1_is_refused(
-    shape: dict[str, float], message: str
-) -> None:
+def test_an_invalid_shape_is_refused(shape: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HardConcrete(**shape)

@@ -1,4 +1,4 @@
-"""The penalties' values, gradients and what they drive gates to."""
+"""The penalties' values and gradients, and the gates they lead to."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ def test_l0_penalty_is_the_weighted_sum_of_open_probabilities_over_all_modules(
 
 
 @pytest.mark.parametrize("weight", [-1e-3, math.nan, math.inf])
-def test_l0_weight_that_is_no_price_is_refused(weight: float) -> None:
+def test_invalid_l0_weight_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=f"weight is {weight}, it must be finite and at least 0"):
         L0Penalty(weight)
 
 
 @settings(max_examples=40, deadline=None)
 @given(closed=st.integers(0, 20), opened=st.integers(1, 20), learning_rate=st.floats(0.01, 10))
-def test_target_is_met_exactly_when_its_share_is_at_the_upper_bound_and_the_rest_at_the_lower(
+def test_target_is_met_with_its_share_at_the_upper_bound_and_the_rest_at_the_lower(
     closed: int, opened: int, learning_rate: float
 ) -> None:
     gates = gates_at([LOW] * closed + [HIGH] * opened)
     penalty = TargetPenalty(keep=opened / (closed + opened), learning_rate=learning_rate).start()
     value = penalty(gates, strength=1.0)
     assert value.item() == pytest.approx(0, abs=1e-9)
-    # The multipliers sum the excess: they show that it is 0, which a value of 0 alone does not.
+    # The multipliers sum the excess, so they show that it is 0; a value of 0 alone does not.
     assert penalty.multipliers == pytest.approx((0, 0), abs=1e-6 * learning_rate)
 
 
@@ -86,7 +86,7 @@ def test_target_penalty_is_the_augmented_lagrangian_of_the_excess(
 
 @settings(max_examples=40, deadline=None)
 @given(log_alpha=st.floats(LOW, HIGH), keep=st.floats(0.05, 1))
-def test_multipliers_rise_while_too_many_gates_are_open_and_the_linear_falls_while_too_few(
+def test_the_linear_multiplier_follows_the_excess_and_the_quadratic_always_rises(
     log_alpha: float, keep: float
 ) -> None:
     gates = gates_at([log_alpha] * 4)
@@ -103,7 +103,7 @@ def test_multipliers_rise_while_too_many_gates_are_open_and_the_linear_falls_whi
     assert all(b > a for a, b in zip(quadratic, quadratic[1:], strict=False))
 
 
-def test_target_penalty_without_strength_moves_nothing() -> None:
+def test_target_penalty_with_zero_strength_has_no_effect() -> None:
     gates = gates_at([1.0, -1.0])
     penalty = TargetPenalty(keep=0.5).start()
     value = penalty(gates, strength=0.0)
@@ -118,7 +118,7 @@ def test_toy_optimisation_keeps_the_target_share_and_the_most_useful_features(ke
     count = 12
     names = [str(i) for i in range(count)]
     gates = FeatureGates(names, GateConfig(sampling="example"), name="toy")
-    # What the task loses when feature i closes.
+    # Increase of the task loss when feature i closes.
     usefulness = torch.linspace(0.01, 0.12, count)
     term = TargetPenalty(keep, learning_rate=0.05).start()
     optimizer = torch.optim.Adam([gates.log_alpha], lr=0.05)
@@ -137,7 +137,7 @@ def test_toy_optimisation_keeps_the_target_share_and_the_most_useful_features(ke
     log_alphas=st.lists(st.floats(LOW, HIGH), min_size=2, max_size=6),
     cost=st.floats(0.1, 1e9),
 )
-def test_equal_costs_are_no_costs_and_the_excess_is_by_share_of_the_cost(
+def test_equal_costs_act_like_no_costs_and_the_excess_is_a_share_of_the_cost(
     log_alphas: list[float], cost: float
 ) -> None:
     gates = gates_at(log_alphas)
@@ -154,8 +154,8 @@ def test_equal_costs_are_no_costs_and_the_excess_is_by_share_of_the_cost(
     assert one.multipliers[0] == pytest.approx(one_cost.learning_rate * (share - 0.5), abs=1e-7)
 
 
-def test_what_closes_to_meet_a_target_depends_on_the_costs_and_the_free_stay_open() -> None:
-    # One wide feature, four narrow ones less useful each, and a free one that is hardly useful.
+def test_costs_decide_which_features_close_and_free_features_stay_open() -> None:
+    # One wide feature, four narrow ones, each less useful, and a free one that is hardly useful.
     names = ["wide", "n0", "n1", "n2", "n3", "free"]
     usefulness = torch.tensor([0.12, 0.06, 0.07, 0.08, 0.09, 0.001])
     costs = {"wide": 60.0, "n0": 10.0, "n1": 10.0, "n2": 10.0, "n3": 10.0}
@@ -194,7 +194,7 @@ def test_a_unit_is_priced_by_the_model_unless_costs_were_given() -> None:
     assert (priced.keep, priced.learning_rate, priced.costs) == (0.3, 0.2, {"f0_0": 3.0})
 
 
-def test_each_start_of_a_penalty_has_multipliers_of_its_own() -> None:
+def test_each_start_of_a_penalty_has_separate_multipliers() -> None:
     penalty = TargetPenalty(0.5).priced(lambda unit: {"f0_0": 1.0, "f0_1": 1.0})
     assert isinstance(penalty, TargetPenalty)
     first = penalty.start()
@@ -203,7 +203,7 @@ def test_each_start_of_a_penalty_has_multipliers_of_its_own() -> None:
     assert first.multipliers > (0.0, 0.0) == second.multipliers
 
 
-def test_a_restored_term_continues_as_the_one_that_was_saved() -> None:
+def test_a_restored_term_continues_like_the_saved_one() -> None:
     penalty = TargetPenalty(0.3, learning_rate=0.5)
     term = penalty.start()
     gates = gates_at([1.0, -1.0, HIGH])
@@ -230,7 +230,7 @@ def test_the_state_of_another_penalty_is_refused() -> None:
     strength=st.floats(0.01, 1),
     by_cost=st.booleans(),
 )
-def test_features_that_are_gone_count_as_closed_and_the_target_falls_from_what_is_left(
+def test_dropped_features_count_as_closed_and_the_target_falls_from_the_remaining_cost(
     gone: int, closed: int, opened: int, strength: float, by_cost: bool
 ) -> None:
     costs = {f"f0_{i}": 1.0 + i * by_cost for i in range(closed + opened)}
@@ -252,7 +252,7 @@ def test_features_that_are_gone_count_as_closed_and_the_target_falls_from_what_i
     assert falling.multipliers[0] == pytest.approx(strength * (left - target), abs=1e-6)
 
 
-def test_a_target_above_what_is_left_asks_for_nothing_to_close() -> None:
+def test_a_target_above_the_remaining_cost_closes_nothing() -> None:
     costs = {"f0_0": 1.0, "gone": 1.0}
     penalty = TargetPenalty(0.9).priced(lambda _: costs)
     assert isinstance(penalty, TargetPenalty)
@@ -274,7 +274,7 @@ def test_costs_that_do_not_fit_the_gates_are_refused(costs: dict[str, float], me
 
 
 @pytest.mark.parametrize("cost", [-1.0, math.nan, math.inf])
-def test_a_cost_that_is_none_is_refused(cost: float) -> None:
+def test_invalid_cost_is_refused(cost: float) -> None:
     with pytest.raises(ValueError, match=f"cost of feature 'a' is {cost}"):
         TargetPenalty(0.5, costs={"a": cost})
 
@@ -286,6 +286,6 @@ def test_target_share_outside_of_0_to_1_is_refused(keep: float) -> None:
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, -1.0, math.nan])
-def test_multipliers_learning_rate_that_is_not_positive_is_refused(learning_rate: float) -> None:
+def test_a_learning_rate_that_is_not_positive_is_refused(learning_rate: float) -> None:
     with pytest.raises(ValueError, match=f"learning rate is {learning_rate}, not positive"):
         TargetPenalty(0.5, learning_rate)

@@ -43,7 +43,7 @@ scalings = given(
 def scaling(
     lengths: list[int], batch_size: int, per_example: bool, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (B, W), gates (K,) or (B, K), and what the backward starts from, (B, W)."""
+    """Values (B, W), gates (K,) or (B, K), and the gradient of the output (B, W)."""
     shape = (batch_size, len(lengths)) if per_example else (len(lengths),)
     values = draw(batch_size, sum(lengths), seed=seed).requires_grad_()
     gates = draw(*shape, seed=seed + 1).requires_grad_()
@@ -66,7 +66,7 @@ def test_scaling_without_centering_is_the_plain_product_forward_and_backward(
 
 @settings(deadline=None, max_examples=60)
 @scalings
-def test_centering_takes_the_batch_mean_out_of_the_gates_gradient_and_of_nothing_else(
+def test_centering_removes_the_batch_mean_from_the_gradient_of_the_gates_only(
     lengths: list[int], batch_size: int, per_example: bool, seed: int
 ) -> None:
     values, gates, grad = scaling(lengths, batch_size, per_example, seed)
@@ -82,7 +82,7 @@ def test_centering_takes_the_batch_mean_out_of_the_gates_gradient_and_of_nothing
     torch.testing.assert_close(computed_gates, expected_gates, rtol=1e-11, atol=1e-11)
 
 
-def test_scaling_computes_only_the_gradients_that_are_asked_for() -> None:
+def test_scaling_computes_only_the_requested_gradients() -> None:
     values, gates, grad = scaling([2, 3], 4, False, 0)
     scaled = Scale.apply(values.detach(), gates, [2, 3], True)
     assert torch.autograd.grad(scaled, gates, grad)[0].shape == (2,)
@@ -91,7 +91,7 @@ def test_scaling_computes_only_the_gradients_that_are_asked_for() -> None:
 
 
 @pytest.mark.parametrize("per_example", [False, True])
-def test_keys_find_the_gate_of_their_feature_in_any_order_and_behind_a_table_name(
+def test_keys_find_the_gate_of_their_feature_in_any_order_and_with_a_table_name(
     per_example: bool,
 ) -> None:
     keys, lengths = ["b@t0", "c", "b@t1", "a"], [1, 2, 3, 2]
@@ -139,7 +139,7 @@ def test_chunks_of_the_backward_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
 
 
-def test_an_index_first_asked_for_in_inference_mode_serves_training() -> None:
+def test_an_index_cached_in_inference_mode_works_in_training() -> None:
     scale._index.cache_clear()
     embeddings = KeyedTensor(["b", "a"], [1, 2], draw(3, 3))
     with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_an_index_first_asked_for_in_inference_mode_serves_training() -> None:
     assert gates.grad is not None
 
 
-# Positions of four examples, of which the second has none.
+# Lengths of four examples; the second is empty.
 LENGTHS = {"a": torch.tensor([2, 0, 1, 3]), "b": torch.tensor([1, 0, 2, 0], dtype=torch.int32)}
 
 
@@ -170,7 +170,7 @@ def sequences() -> dict[str, JaggedTensor]:
 def test_a_sequence_is_scaled_by_the_gate_of_its_example_and_sums_its_gradients(
     per_example: bool, centered: bool
 ) -> None:
-    # One more feature than the collection reads, as where collections share gates.
+    # One more feature than the collection reads, as when collections share gates.
     features = ("c", "b", "a")
     gates = (draw(4, 3) if per_example else draw(3)).requires_grad_()
     inputs = sequences()

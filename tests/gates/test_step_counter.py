@@ -7,7 +7,7 @@ import torch
 from torchrec_fmp.gates.step_counter import StepCounter
 
 
-def test_training_steps_are_counted_from_0_and_others_are_not() -> None:
+def test_only_training_steps_are_counted_starting_at_0() -> None:
     steps = StepCounter()
     assert [steps.next() for _ in range(3)] == [0, 1, 2]
     steps.eval()

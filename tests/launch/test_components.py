@@ -20,7 +20,7 @@ from torchx.runner import get_runner
 ROOT = Path(__file__).parents[2]
 COMPONENT = f"{ROOT}/launch/components.py:fmp"
 
-# Prints what it was given, in place of torchrec_fmp.cli.
+# Replaces torchrec_fmp.cli and records its arguments and environment.
 STAND_IN = """
 import json, os, sys
 with open(f"rank{os.environ['RANK']}.json", "w") as file:
@@ -32,7 +32,7 @@ sys.exit(3 if "--fail" in sys.argv else 0)
 
 
 def _dry(args: Sequence[str], scheduler: str = "local_cwd") -> tuple[specs.Role, str]:
-    """The role and the scheduler's own request as text."""
+    """The role, and the scheduler's request as text."""
     cfg = {"partition": "p"} if scheduler == "slurm" else {}
     with get_runner() as runner:
         info = runner.dryrun_component(COMPONENT, list(args), scheduler, cfg)
@@ -42,7 +42,7 @@ def _dry(args: Sequence[str], scheduler: str = "local_cwd") -> tuple[specs.Role,
 
 
 def _torchx(cwd: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """`torchx run` as from a shell in which no virtual environment is activated."""
+    """`torchx run` as from a shell without an activated virtual environment."""
     env = {**os.environ, "PATH": "/usr/local/bin:/usr/bin:/bin"}
     command = [sys.executable, "-m", "torchx.cli.main", "run", "-s", "local_cwd", *args]
     return subprocess.run(
@@ -84,7 +84,7 @@ def test_config_is_required() -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["local_cwd", "slurm"])
-def test_a_list_reaches_every_scheduler_whole(scheduler: str) -> None:
+def test_a_comma_separated_list_reaches_every_scheduler_intact(scheduler: str) -> None:
     # Slurm cuts environment values at commas, so only arguments may hold lists.
     role, _ = _dry(["--config", "c.yaml", "--", "--drop", "a,b,c"], scheduler)
     assert shlex.split(role.args[-1])[-2:] == ["--drop", "a,b,c"]
@@ -99,7 +99,7 @@ def test_resources_reach_the_scheduler() -> None:
     assert "--cpus-per-task=8" in request
 
 
-def test_workers_get_the_arguments_unchanged_and_torchxs_own_environment(clone: Path) -> None:
+def test_workers_get_unchanged_arguments_and_the_environment_of_torchx(clone: Path) -> None:
     arguments = ["--names", "a b", "--text", "$HOME 'x' *"]
     done = _torchx(
         clone, "launch/components.py:fmp", "--config", "c.yaml", "--out", "d", "-j", "1x2", "--",

@@ -51,5 +51,5 @@ def test_without_a_path_nothing_is_written(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_interval_below_one_step_is_refused() -> None:
-    with pytest.raises(ValueError, match="interval is 0 steps, it must be at least 1"):
+    with pytest.raises(ValueError, match="interval is 0 steps; it must be at least 1"):
         MetricsLog(None, interval=0)

@@ -1,4 +1,4 @@
-"""The backbones' architectures on ranks: prunes are exact, also repeated, and training goes on."""
+"""The backbones' architectures on ranks: all prunes are exact, and training continues."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from torchrec_fmp.selection.selection import Selection
 
 Architecture = Literal["dlrm", "deepfm", "mlp"]
 ARCHITECTURES: tuple[Architecture, ...] = ("dlrm", "deepfm", "mlp")
-# A whole table goes, one feature of the shared table, and a dense column.
+# Drops a whole table, one feature of the shared table, and a dense column.
 CLOSED = {"b": 0.0, "c": 0.0, "y": 0.0}
 PLANS = "mixed_and_replicated"
 
 
 def model_of(architecture: Architecture, dense: tuple[str, ...], gated: bool) -> nn.Module:
-    """Over the tables of `dlrm_model`."""
+    """The architecture over the tables of `dlrm_model`."""
     collection = build(Case(gated=False, root=True)).get_submodule(
         "sparse_arch.embedding_bag_collection"
     )
@@ -62,7 +62,7 @@ def model_of(architecture: Architecture, dense: tuple[str, ...], gated: bool) ->
 
 
 class Outcome(NamedTuple):
-    """What a prune after training gave on one rank."""
+    """Result of a prune after training on one rank."""
 
     parity: float | None
     before: Tensor
@@ -104,7 +104,7 @@ def check_pruned(group: ProcessGroup, architecture: Architecture) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_closed_gates_are_pruned_exactly_and_training_goes_on_alike_on_all_ranks(
+def test_closed_gates_are_pruned_exactly_and_training_continues_alike_on_all_ranks(
     run_ranks: ProcessGroup, architecture: Architecture
 ) -> None:
     check_pruned(run_ranks, architecture)
@@ -117,8 +117,8 @@ def test_closed_gates_are_pruned_exactly_on_four_ranks(
     check_pruned(ranks_4, architecture)
 
 
-def went_on(architecture: Architecture, prunes: bool) -> tuple[list[float], Tensors]:
-    """Losses and the dense state of steps with or without a prune of nothing between them."""
+def continued(architecture: Architecture, prunes: bool) -> tuple[list[float], Tensors]:
+    """Losses and dense state of steps, with or without a prune in between that drops nothing."""
     dmp = shard(Case(PLANS), model_of(architecture, DENSE, gated=True))
     set_open(dmp)
     optimizer = adam(dmp)
@@ -131,12 +131,12 @@ def went_on(architecture: Architecture, prunes: bool) -> tuple[list[float], Tens
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES[1:])
-def test_a_prune_of_nothing_changes_no_bit_of_the_steps_after_it(
+def test_a_prune_that_drops_nothing_leaves_later_steps_bit_equal(
     run_ranks: ProcessGroup, architecture: Architecture
 ) -> None:
     for (losses, state), (others, other_state) in zip(
-        run_ranks.run(went_on, architecture, True),
-        run_ranks.run(went_on, architecture, False),
+        run_ranks.run(continued, architecture, True),
+        run_ranks.run(continued, architecture, False),
         strict=True,
     ):
         assert losses == others
@@ -157,7 +157,7 @@ def pruned_twice(architecture: Architecture, dense: tuple[str, ...]) -> tuple[fl
     )
     train(dmp, optimizer, range(2, 4), dense)
     decisions = select({"c": 0.0}, Case(gated=False)).features
-    # Without its gates, the model does not name its dense columns any more.
+    # Without its gates, the model no longer names its dense columns.
     second = Selection({name: it for name, it in decisions.items() if name != "b"})
     closed = without_ids(dmp, second, dense)
     dmp, optimizer, _ = prune(dmp, optimizer, second, planner=planner)
@@ -188,7 +188,7 @@ def without_ids(dmp: nn.Module, selection: Selection, dense: tuple[str, ...]) ->
 
 @pytest.mark.parametrize("dense", [DENSE, ()], ids=["dense", "no dense"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_model_is_pruned_twice_exactly_with_and_without_dense_columns(
+def test_a_second_prune_is_exact_with_and_without_dense_columns(
     ranks_2: ProcessGroup, architecture: Architecture, dense: tuple[str, ...]
 ) -> None:
     for difference, losses in ranks_2.run(pruned_twice, architecture, dense):

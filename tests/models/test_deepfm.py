@@ -38,7 +38,7 @@ def test_the_same_global_seed_gives_the_same_dense_weights() -> None:
     check_same_seed_same_weights(DeepFmBackbone(4))
 
 
-def test_the_logits_are_what_torchrecs_model_takes_the_sigmoid_of() -> None:
+def test_the_logits_are_torchrecs_output_before_its_sigmoid() -> None:
     model = on_cpu(DeepFmBackbone(4, 6, 6).build(Schema("y", ("x",), SPARSE), CPU))
     some = batch(1)
     _, (_, logits, _) = model(some)
@@ -59,7 +59,7 @@ def test_the_loss_of_a_confident_mistake_is_finite_and_has_a_gradient() -> None:
     assert bias.grad is not None and bias.grad.item() == pytest.approx(-1)
 
 
-def test_the_factorization_machine_starts_small_next_to_the_labels_entropy() -> None:
+def test_the_initial_factorization_machine_is_small_next_to_the_labels_entropy() -> None:
     """Its output is the square of a sum over all embeddings of all features."""
     model = on_cpu(DeepFmBackbone(16).build(Schema("y", (), SPARSE), CPU))
     loss, _ = model(batch(0))
@@ -68,11 +68,11 @@ def test_the_factorization_machine_starts_small_next_to_the_labels_entropy() -> 
 
 @pytest.mark.parametrize("size", [0, 6])
 def test_an_embedding_dim_that_fbgemm_cannot_use_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"embedding_dim is {size}, .*multiple of 4"):
+    with pytest.raises(ValueError, match=f"embedding_dim is {size}; .*multiple of 4"):
         DeepFmBackbone(embedding_dim=size)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, -1)])
-def test_layer_sizes_that_make_no_network_are_refused(sizes: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="must be positive sizes"):
+def test_invalid_layer_sizes_are_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="must be positive layer sizes"):
         DeepFmBackbone(4, *sizes)

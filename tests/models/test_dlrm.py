@@ -44,20 +44,18 @@ def test_the_same_global_seed_gives_the_same_dense_weights() -> None:
 
 @pytest.mark.parametrize("size", [0, 2, 6, -4])
 def test_an_embedding_dim_that_fbgemm_cannot_use_is_refused(size: int) -> None:
-    with pytest.raises(ValueError, match=f"embedding_dim is {size}, .*multiple of 4"):
+    with pytest.raises(ValueError, match=f"embedding_dim is {size}; .*multiple of 4"):
         DlrmBackbone(embedding_dim=size)
 
 
 @pytest.mark.parametrize(
     ("dense_arch", "over_arch"), [([0], [4]), ([4], [-1]), ([4], []), ([4, 0], [4])]
 )
-def test_layer_sizes_that_make_no_network_are_refused(
-    dense_arch: list[int], over_arch: list[int]
-) -> None:
-    with pytest.raises(ValueError, match="must be positive sizes, and over_arch needs"):
+def test_invalid_layer_sizes_are_refused(dense_arch: list[int], over_arch: list[int]) -> None:
+    with pytest.raises(ValueError, match="all sizes must be positive, and over_arch needs"):
         DlrmBackbone(4, dense_arch, over_arch)
 
 
-def test_the_dense_arch_may_be_the_last_layer_alone() -> None:
+def test_the_dense_arch_may_have_only_its_last_layer() -> None:
     model = on_cpu(DlrmBackbone(4, [], [4]).build(Schema("y", ("x",), SPARSE), CPU))
     assert bool(model(batch(1))[0].isfinite())

@@ -68,17 +68,17 @@ def test_the_first_layer_reads_embeddings_and_dense_columns_as_one_concatenation
 
 
 @pytest.mark.parametrize("layers", [[], [0], [4, -1]])
-def test_layer_sizes_that_make_no_network_are_refused(layers: list[int]) -> None:
-    with pytest.raises(ValueError, match="layers is .* at least one positive size"):
+def test_invalid_layer_sizes_are_refused(layers: list[int]) -> None:
+    with pytest.raises(ValueError, match="layers is .* at least one size, all positive"):
         MlpBackbone(layers=layers)
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan")])
-def test_a_dropout_that_leaves_nothing_is_refused(dropout: float) -> None:
+def test_invalid_dropout_is_refused(dropout: float) -> None:
     with pytest.raises(ValueError, match="dropout is .* below 1"):
         MlpBackbone(dropout=dropout)
 
 
 def test_an_embedding_dim_that_fbgemm_cannot_use_is_refused() -> None:
-    with pytest.raises(ValueError, match="embedding_dim is 6, .*multiple of 4"):
+    with pytest.raises(ValueError, match="embedding_dim is 6; .*multiple of 4"):
         MlpBackbone(embedding_dim=6)

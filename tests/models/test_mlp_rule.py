@@ -27,7 +27,7 @@ GATES = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
 def gated_mlp() -> nn.Module:
-    """With statistics that batch normalization has learned."""
+    """A gated MLP with learned batch normalization statistics."""
     torch.manual_seed(0)
     model = Mlp(shared_tables(), len(DENSE), [5, 3], 0.2, True, torch.device("cpu"))
     for _ in range(3):
@@ -37,7 +37,7 @@ def gated_mlp() -> nn.Module:
 
 @settings(max_examples=40, deadline=None)
 @given(st.fixed_dictionaries({name: GATES for name in ("a", "b", "c", "d", *DENSE)}))
-def test_it_computes_what_the_gates_leave_whatever_they_are(gates: dict[str, float]) -> None:
+def test_the_pruned_mlp_computes_the_same_as_the_gated_one(gates: dict[str, float]) -> None:
     model, selection = gated_mlp(), select(**gates)
     if any(gates[name] for name in "abcd"):
         actual = pruned_output(model, selection)

@@ -1,4 +1,4 @@
-"""The search by time: few estimates, TorchRec's own; tables are split where that pays."""
+"""The search by time: few estimates, all TorchRec's own; tables are split where that pays."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def enumerator(
 
 
 @pytest.mark.parametrize("sharding_type", TYPES)
-def test_every_shard_has_the_estimate_of_torchrecs_own_enumerator(sharding_type: str) -> None:
+def test_shard_estimates_equal_torchrecs_own(sharding_type: str) -> None:
     ranks, tables = topology(16, local_world_size=8, hbm=2**40), model()
     [option] = enumerator(ranks, tables, [sharding_type]).enumerate(tables, list(sharders()))[:1]
     columns = option.shards[0].size[1]
@@ -61,11 +61,11 @@ def test_every_shard_has_the_estimate_of_torchrecs_own_enumerator(sharding_type:
         tables, list(sharders())
     )
     assert option.sharding_type == theirs.sharding_type
-    # Of 1,003 rows, the last shard has fewer than the others.
+    # With 1,003 rows, the last shard has fewer rows than the others.
     assert option.shards == theirs.shards
 
 
-def test_estimates_are_as_many_for_many_alike_tables_and_ranks(
+def test_number_of_estimates_does_not_grow_with_identical_tables_or_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     estimated = 0
@@ -86,7 +86,7 @@ def test_estimates_are_as_many_for_many_alike_tables_and_ranks(
     assert counts[0] == counts[1] == counts[2] > 0
 
 
-def test_a_table_that_is_the_whole_step_is_split_and_many_small_ones_are_not() -> None:
+def test_a_single_dominant_table_is_split_and_many_small_tables_are_not() -> None:
     ranks = topology(8, local_world_size=8, hbm=2**40)
     one, many = model(1), model(200)
     alone, among = enumerator(ranks, one, TYPES), enumerator(ranks, many, TYPES)
@@ -96,7 +96,7 @@ def test_a_table_that_is_the_whole_step_is_split_and_many_small_ones_are_not() -
     assert {option.sharding_type for option in among.proposals[-1]} == {"table_wise"}
 
 
-def test_shards_keep_to_the_bytes_that_they_may_have_or_are_the_smallest() -> None:
+def test_shards_fit_the_byte_limit_or_are_the_smallest_possible() -> None:
     ranks, tables = topology(8, local_world_size=4, hbm=2**40), model(rows=4_000_000)
     types = ["table_wise", "row_wise"]
     whole, limited, impossible = (
@@ -112,7 +112,7 @@ def test_shards_keep_to_the_bytes_that_they_may_have_or_are_the_smallest() -> No
 @pytest.mark.parametrize(
     ("sharding_type", "device"), [("grid_shard", "cpu"), ("data_parallel", "cuda")]
 )
-def test_a_sharding_type_without_a_fused_kernel_on_the_device_is_an_error(
+def test_a_sharding_type_without_a_fused_kernel_on_the_device_is_refused(
     sharding_type: str, device: str
 ) -> None:
     ranks, tables = topology(4, device), model()
@@ -127,7 +127,7 @@ ways = st.lists(st.tuples(milliseconds, st.integers(1, 8)), min_size=1, max_size
 
 
 @given(st.lists(ways, min_size=1, max_size=4), st.integers(1, 8))
-def test_the_first_choice_has_the_least_bound_on_the_slowest_rank(
+def test_the_first_choice_minimizes_the_bound_on_the_slowest_rank(
     tables: list[list[tuple[float, int]]], world_size: int
 ) -> None:
     allowed = {

@@ -1,4 +1,4 @@
-"""What `choose_plan` refuses, and when it stays although moving would be faster."""
+"""`choose_plan`: plans it refuses, and when it keeps the plan although moving would be faster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLE_WISE = dict.fromkeys(("t_a", "t_bc", "t_d", "t_e"), "table_wise")
 
 
 class Fixed:
-    """Another planner than TorchRec's."""
+    """A planner other than TorchRec's."""
 
     def __init__(self, plan: ShardingPlan) -> None:
         self._plan = plan
@@ -61,7 +61,7 @@ def test_a_plan_that_names_a_rank_beyond_the_group_is_refused() -> None:
     ("left_out", "tables"),
     [(("t_d",), r"\['t_d'\]"), (tuple(TABLE_WISE), r"\['t_bc', 't_d', 't_e'\]")],
 )
-def test_a_plan_that_lacks_tables_is_refused_with_their_names(
+def test_a_plan_without_some_tables_is_refused_and_names_them(
     left_out: tuple[str, ...], tables: str
 ) -> None:
     module_plan = old_plan().plan["bags"]
@@ -71,7 +71,7 @@ def test_a_plan_that_lacks_tables_is_refused_with_their_names(
         chosen(Fixed(plan), "auto", old_plan())
 
 
-def test_a_plan_that_lacks_a_collection_is_refused_with_its_name() -> None:
+def test_a_plan_without_a_collection_is_refused_and_names_it() -> None:
     with pytest.raises(ValueError, match="the plan lacks the tables .* of bags"):
         chosen(Fixed(ShardingPlan({})), "planner", old_plan())
 
@@ -79,7 +79,7 @@ def test_a_plan_that_lacks_a_collection_is_refused_with_its_name() -> None:
 DATA_PARALLEL = TABLE_WISE | {"t_d": "data_parallel"}
 
 
-def test_auto_stays_where_the_planner_would_take_a_table_to_another_optimizer() -> None:
+def test_auto_keeps_the_plan_if_moving_would_change_a_tables_optimizer() -> None:
     old, by = old_plan(DATA_PARALLEL), planner(topology(), constraints(TABLE_WISE))
     taken, stayed = (chosen(by, replan, old) for replan in ("planner", "auto"))  # type: ignore[arg-type]
     assert taken.plan.plan["bags"]["t_d"].sharding_type == "table_wise"  # type: ignore[index]
@@ -87,20 +87,20 @@ def test_auto_stays_where_the_planner_would_take_a_table_to_another_optimizer() 
     assert stayed.comparison is not None
     assert stayed.comparison.decision == "sticky"
     assert stayed.comparison.reason.endswith("t_d of bags to the fused one")
-    # For the user who then asks for the planner's plan.
+    # The user can then ask for the planner's plan.
     assert taken.after is not None
     assert stayed.comparison.planner_step_ms == taken.after.step_ms
     assert taken.after.step_ms < stayed.comparison.sticky_step_ms
 
 
-def test_auto_moves_if_tables_of_the_dense_optimizer_stay_with_it() -> None:
+def test_auto_moves_if_dense_optimizer_tables_keep_their_optimizer() -> None:
     old = old_plan(DATA_PARALLEL | {"t_bc": "row_wise", "t_e": "row_wise"})
     moved = chosen(planner(topology(), constraints(DATA_PARALLEL)), "auto", old)
     assert moved.comparison is not None
     assert moved.comparison.decision == "planner"
 
 
-def test_a_dense_kernel_is_of_the_dense_optimizer_whatever_the_sharding() -> None:
+def test_a_dense_kernel_belongs_to_the_dense_optimizer_for_any_sharding() -> None:
     old = old_plan({"t_d": "table_wise", "t_a": "row_wise", "t_bc": "row_wise", "t_e": "row_wise"})
     module_plan = old.plan["bags"]
     bc = module_plan["t_bc"]  # type: ignore[index]

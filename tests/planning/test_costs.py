@@ -1,4 +1,4 @@
-"""Costs of features: they add up to the tables', and shared tables are divided."""
+"""Costs of features: they add up to the tables' costs, and a shared table's cost is divided."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def of(model: nn.Module, unit: Unit, given: dict[str, ParameterConstraints]) -> 
     )
 
 
-def test_bytes_are_the_weights_and_shared_tables_are_divided_equally() -> None:
+def test_bytes_are_weight_bytes_divided_equally_within_shared_tables() -> None:
     found = of(Model(sequences=True), "bytes", constraints())
     assert found == {
         "a": 4 * 100_000 * 64,
@@ -44,7 +44,7 @@ def test_bytes_are_the_weights_and_shared_tables_are_divided_equally() -> None:
     }
 
 
-def test_features_of_a_table_share_its_bytes_undivided_and_each_has_its_milliseconds() -> None:
+def test_table_costs_list_bytes_per_table_and_milliseconds_per_feature() -> None:
     model, where = Model(), topology()
     shared = table_costs(model, where, "bytes", sharders=sharders())
     assert TableCost(("b", "c"), 4 * 50_000 * 32) in shared
@@ -95,7 +95,7 @@ def test_gates_do_not_change_the_costs(unit: Unit) -> None:
     assert of(gated, unit, constraints()) == of(Model(), unit, constraints())
 
 
-def test_without_a_plan_the_sharding_with_the_fastest_slowest_shard_is_priced() -> None:
+def test_costs_without_a_plan_use_the_sharding_with_the_fastest_slowest_shard() -> None:
     where = topology()
     options: dict[str, list[tuple[float, float]]] = {}
     enumerator = EmbeddingEnumerator(where, BATCH_SIZE, constraints())
@@ -110,7 +110,7 @@ def test_without_a_plan_the_sharding_with_the_fastest_slowest_shard_is_priced() 
         assert found[feature] in totals
 
 
-def test_an_unknown_unit_is_named() -> None:
+def test_an_unknown_unit_is_refused_and_named() -> None:
     with pytest.raises(ValueError, match="unit is 'ms'"):
         costs(Model(), topology(), "ms")  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Estimates of a plan equal those that TorchRec's planner made it with."""
+"""Estimates of a plan equal the estimates that TorchRec's planner made it with."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TYPES = ["table_wise", "row_wise", "column_wise", "table_row_wise", "data_parall
     + [("cpu", types) for types in (*TYPES[:3], "data_parallel", None)],
     ids=str,
 )
-def test_the_estimate_of_the_planners_own_plan_is_the_planners(
+def test_the_estimate_of_a_plan_equals_the_planners_own(
     device: str, types: dict[str, str] | str | None
 ) -> None:
     if isinstance(types, str):
@@ -73,7 +73,7 @@ def test_gates_do_not_change_the_estimate() -> None:
     assert np.array_equal(first.rank_ms, second.rank_ms)
 
 
-def test_the_states_of_a_fused_optimizer_count_although_torchrec_does_not_see_them() -> None:
+def test_fused_optimizer_states_count_although_torchrec_ignores_them() -> None:
     where, model = topology(), Model()
     plan = planner(where, constraints(dict.fromkeys(MIXED, "row_wise"))).plan(model, sharders())
 
@@ -85,12 +85,12 @@ def test_the_states_of_a_fused_optimizer_count_although_torchrec_does_not_see_th
     rows = sum(parameter.shape[0] for parameter in model.parameters())
     without = hbm_bytes(EmbOptimType.EXACT_SGD)
     assert hbm_bytes(EmbOptimType.ADAM) - without == 2 * 4 * elements
-    # Rounded up for every shard.
+    # Bytes are rounded up for every shard.
     per_row = hbm_bytes(EmbOptimType.EXACT_ROWWISE_ADAGRAD) - without
     assert 4 * rows <= per_row <= 4 * rows + 16
 
 
-def test_shards_of_one_size_are_estimated_once_and_alike() -> None:
+def test_shards_of_equal_size_are_estimated_once_with_equal_results() -> None:
     where, model = topology(), Model()
     by_torchrec = planner(where, constraints(dict.fromkeys(MIXED, "row_wise")))
     plan = by_torchrec.plan(model, sharders())
@@ -106,7 +106,7 @@ def test_shards_of_one_size_are_estimated_once_and_alike() -> None:
     estimators[1] = Watching(topology=where, constraints=constraints())
     watched = estimate_as(by_torchrec, plan, model, sharders())
 
-    # The rows of all tables divide by 4 ranks.
+    # The rows of every table divide evenly by 4 ranks.
     assert sizes == [[(rows // 4, columns)] for rows, columns, _ in BAGS.values()]
     assert np.array_equal(watched.rank_ms, usual.rank_ms)
     assert (watched.rank_ms > 0).all()
@@ -121,7 +121,7 @@ def test_shards_of_one_size_are_estimated_once_and_alike() -> None:
         (torchrec.optim.RowWiseAdagrad, 0, 4),
     ],
 )
-def test_states_of_an_optimizer_set_on_parameters_count_whether_torchs_or_torchrecs(
+def test_states_of_torch_and_torchrec_optimizers_set_on_parameters_count(
     optimizer: type[torch.optim.Optimizer], of_elements: int, of_rows: int
 ) -> None:
     table = _table_with(optimizer)
@@ -129,7 +129,7 @@ def test_states_of_an_optimizer_set_on_parameters_count_whether_torchs_or_torchr
     assert table.bytes_per_row == of_rows
 
 
-def test_an_optimizer_whose_states_are_not_known_is_named_with_its_table() -> None:
+def test_an_optimizer_with_unknown_states_is_refused_and_names_its_table() -> None:
     with pytest.raises(ValueError, match="table t_a of bags has the optimizer AdamW, whose states"):
         _ = _table_with(torch.optim.AdamW).bytes_per_row
     given = fmp_sharders({"optimizer": EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD})
@@ -137,7 +137,7 @@ def test_an_optimizer_whose_states_are_not_known_is_named_with_its_table() -> No
         _ = shardable_tables(Model(), given)[0].bytes_per_row
 
 
-def test_a_plan_for_more_ranks_than_there_are_is_refused() -> None:
+def test_a_plan_for_more_ranks_than_the_topology_has_is_refused() -> None:
     model = Model()
     plan = planner(topology(4)).plan(model, sharders())
     with pytest.raises(ValueError, match="the topology has 1 ranks"):

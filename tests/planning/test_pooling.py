@@ -1,4 +1,4 @@
-"""`pooling` says alike of two plans exactly if TorchRec's own collections compute alike."""
+"""`pooling` is equal for two plans exactly if TorchRec's collections compute the same values."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from torchrec_fmp.planning.pooling import PoolingChangedError, pooling
 from torchrec_fmp.selection.selection import FeatureDecision
 
 TYPES = ("table_wise", "row_wise", "column_wise")
-# Sharding types of the table with mean pooling and of the one with sum pooling.
+# Sharding types of the mean-pooled table and of the sum-pooled table.
 PLANS = list(itertools.product(TYPES, TYPES))
 
 
@@ -52,7 +52,7 @@ class Pooled(nn.Module):
 
 
 class Fixed:
-    """Plans the two tables as it is told."""
+    """Plans the two tables with fixed sharding types."""
 
     def __init__(self, types: tuple[str, str]) -> None:
         self.types = types
@@ -101,7 +101,7 @@ def batch(weighted: bool) -> KeyedJaggedTensor:
 
 
 def pooled(weighted: bool) -> list[tuple[dict[tuple[str, str], str], Tensor]]:
-    """How, and what, for every plan."""
+    """`pooling` and the pooled values for every plan."""
     found = []
     for types in PLANS:
         dmp = shard(types, weighted)
@@ -111,7 +111,7 @@ def pooled(weighted: bool) -> list[tuple[dict[tuple[str, str], str], Tensor]]:
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["unweighted", "weighted"])
-def test_tables_are_called_alike_exactly_if_torchrec_computes_alike(
+def test_pooling_is_equal_exactly_if_torchrec_computes_equal_values(
     ranks_2: ProcessGroup, weighted: bool
 ) -> None:
     alike_and_not = set()

@@ -41,7 +41,7 @@ def test_surviving_tables_stay_exactly_where_they_are() -> None:
         assert sharding is not old.plan["bags"][table]  # type: ignore[index]
     mine = new.plan["bags"]["t_a"]  # type: ignore[index]
     mine.ranks.append(7)
-    # As TorchRec does to plans by which it shards.
+    # TorchRec does the same to the plans that it shards by.
     for shard in mine.sharding_spec.shards:
         shard.placement = None
         shard.shard_sizes = [0, 0]
@@ -49,13 +49,13 @@ def test_surviving_tables_stay_exactly_where_they_are() -> None:
     assert old == before
 
 
-def test_a_table_that_the_old_plan_lacks_is_refused() -> None:
+def test_a_table_missing_from_the_old_plan_is_refused() -> None:
     old = planner(topology()).plan(Model(without=("a",)), sharders())
     with pytest.raises(ValueError, match=r"the old plan has no tables \['t_a'\]"):
         sticky_plan(old, Model())
 
 
-def test_constraints_keep_what_belongs_to_the_tables_and_features_that_are_left() -> None:
+def test_constraints_keep_the_values_of_the_remaining_tables_and_features() -> None:
     given = {
         "t_bc": ParameterConstraints(
             sharding_types=["row_wise"],
@@ -83,7 +83,7 @@ def test_constraints_keep_what_belongs_to_the_tables_and_features_that_are_left(
     assert given == before
 
 
-def test_one_pooling_factor_for_all_features_of_a_table_stays() -> None:
+def test_a_single_pooling_factor_for_all_features_of_a_table_is_kept() -> None:
     given = {"t_bc": ParameterConstraints(pooling_factors=[4.0])}
     old, new = {("bags", "t_bc"): ["b", "c"]}, {("bags", "t_bc"): ["c"]}
     assert narrowed_constraints(given, old, new) == given
@@ -103,7 +103,7 @@ TWO_OF_ONE_NAME = {("first", "t"): ["a", "b"], ("second", "t"): ["c", "d"]}
         pytest.param({}, None, id="none"),
     ],
 )
-def test_tables_of_one_name_share_what_is_right_for_all_that_are_left(
+def test_tables_of_the_same_name_are_narrowed_only_if_all_that_remain_agree(
     new: dict[tuple[str, str], list[str]], left: list[float] | None
 ) -> None:
     given = {"t": ParameterConstraints(pooling_factors=[2.0, 6.0])}
@@ -113,21 +113,21 @@ def test_tables_of_one_name_share_what_is_right_for_all_that_are_left(
     )
 
 
-def test_values_of_a_table_are_not_narrowed_by_one_of_its_name_with_other_features() -> None:
+def test_narrowing_ignores_tables_of_the_same_name_with_another_feature_count() -> None:
     given = {"t": ParameterConstraints(pooling_factors=[2.0, 6.0])}
     old = {("first", "t"): ["a", "b"], ("second", "t"): ["c", "d", "e"]}
     new = {("first", "t"): ["b"], ("second", "t"): ["c"]}
     assert narrowed_constraints(given, old, new)["t"].pooling_factors == [6.0]
 
 
-def test_a_planner_of_a_gated_model_is_narrowed_as_of_the_plain_one() -> None:
+def test_a_planner_of_a_gated_model_is_narrowed_like_one_of_the_plain_model() -> None:
     gated, smaller = attach_gates(Model(), GateConfig()), Model(without=("c",))
     narrowed = narrowed_planner(planner(topology()), gated, smaller)
     assert narrowed._constraints is not None
     assert narrowed._constraints["t_bc"].pooling_factors == [2.0]
 
 
-def test_a_narrowed_planner_plans_the_smaller_model_and_leaves_the_users_as_it_was() -> None:
+def test_narrowing_gives_a_planner_of_the_smaller_model_and_keeps_the_users_planner() -> None:
     old, smaller = Model(), Model(without=("d", "b"))
     mine = planner(topology())
     mine.plan(old, sharders())
@@ -146,7 +146,7 @@ def test_a_narrowed_planner_plans_the_smaller_model_and_leaves_the_users_as_it_w
     assert mine._enumerator._last_stored_module is old  # type: ignore[attr-defined]
 
 
-def test_a_narrowed_planner_plans_as_one_made_for_the_smaller_model() -> None:
+def test_a_narrowed_planner_plans_like_one_made_for_the_smaller_model() -> None:
     old, smaller = Model(), Model(without=("b",))
     narrowed = narrowed_planner(planner(topology()), old, smaller)
     given = constraints()
@@ -155,7 +155,7 @@ def test_a_narrowed_planner_plans_as_one_made_for_the_smaller_model() -> None:
     assert narrowed.plan(smaller, sharders()) == made.plan(smaller, sharders())
 
 
-def test_estimators_with_constraints_of_their_own_are_narrowed_too() -> None:
+def test_estimators_with_their_own_constraints_are_narrowed_too() -> None:
     old, smaller = Model(), Model(without=("c",))
     mine = planner(topology())
     own = EmbeddingPerfEstimatorFactory.create(
@@ -167,24 +167,24 @@ def test_estimators_with_constraints_of_their_own_are_narrowed_too() -> None:
     assert narrowed._enumerator._estimators[0]._constraints["t_bc"].pooling_factors == [2.0]  # type: ignore[attr-defined]
 
 
-def test_a_planner_of_another_type_passes_through() -> None:
+def test_a_planner_of_another_type_is_returned_unchanged() -> None:
     other = object()
     assert narrowed_planner(other, Model(), Model(without=("a",))) is other
 
 
 def links(total: int, world_size: int = 4) -> np.ndarray:
-    """Rank 0 sends `total` bytes to the last rank, on another host; much stays on its rank."""
+    """Rank 0 sends `total` bytes to the last rank, on another host; 10**12 stay on each rank."""
     matrix = np.diag(np.full(world_size, 10**12))
     matrix[0, -1] = total
     return matrix
 
 
-def test_bytes_that_stay_on_their_rank_do_not_move() -> None:
+def test_bytes_that_stay_on_their_rank_do_not_count_as_moved() -> None:
     assert moved_bytes(links(5)) == 5
     assert move_ms(np.diag([10**12] * 4), topology()) == 0
 
 
-def test_moving_takes_as_long_as_the_busiest_rank_needs_on_its_slowest_link() -> None:
+def test_move_time_is_the_time_of_the_busiest_rank_on_its_slowest_link() -> None:
     where = topology()
     between = np.zeros((4, 4), dtype=np.int64)
     between[0, 2] = between[1, 2] = int(where.inter_host_bw)
@@ -198,7 +198,7 @@ def test_moving_takes_as_long_as_the_busiest_rank_needs_on_its_slowest_link() ->
 @pytest.mark.parametrize(
     ("steps_left", "decision"), [(99, "sticky"), (101, "planner"), (None, "planner")]
 )
-def test_the_planners_plan_is_taken_if_it_makes_up_for_its_move(
+def test_the_planners_plan_is_chosen_if_its_gain_outweighs_the_move(
     steps_left: int | None, decision: str
 ) -> None:
     where = topology()
@@ -211,7 +211,7 @@ def test_the_planners_plan_is_taken_if_it_makes_up_for_its_move(
 
 
 @pytest.mark.parametrize("planner_step_ms", [9.95, 10.0, 12.0])
-def test_a_gain_below_what_estimates_resolve_moves_nothing(planner_step_ms: float) -> None:
+def test_a_gain_below_the_resolution_of_estimates_moves_nothing(planner_step_ms: float) -> None:
     moving = PlanCost(planner_step_ms, links(0))
     compared = compare(PlanCost(10.0, links(0)), moving, topology())
     assert compared.decision == "sticky"
@@ -224,7 +224,7 @@ def test_tables_stay_if_the_planner_finds_no_plan() -> None:
 
 
 @pytest.mark.parametrize(("device", "memory"), [("cuda", "hbm"), ("cpu", "ddr")])
-def test_old_new_and_a_chunk_must_fit_on_every_rank(device: str, memory: str) -> None:
+def test_old_and_new_tables_and_a_chunk_must_fit_on_every_rank(device: str, memory: str) -> None:
     where = topology(2, device, hbm=1000)
     capacity = getattr(where.devices[0].storage, memory)
 

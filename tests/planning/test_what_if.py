@@ -40,7 +40,7 @@ def test_the_shipped_configs_plan_at_reduced_size(
     assert status == 0
     figures = json.loads(out.read_text())
     before, after = figures["size_before"], figures["size_after"]
-    # Of 1, 1, 2, 3, 3, 6 and 15 features, rounded up.
+    # Half of 1, 1, 2, 3, 3, 6 and 15 features, rounded up.
     assert (before["features"], after["features"]) == (31, 1 + 1 + 1 + 2 + 2 + 3 + 8)
     assert after["bytes"] == 4 * after["parameters"] < before["bytes"]
     for column in ("before", "sticky", "planner"):
@@ -65,7 +65,7 @@ def small_what_if(*overrides: str) -> WhatIf:
     return run(Request(path, keep_fraction=0.5, overrides=[*SMALL, *overrides]))
 
 
-def test_the_search_by_time_comes_within_a_tenth_of_greedy_by_torchrecs_own_rating() -> None:
+def test_search_by_time_is_within_a_tenth_of_greedy_search_by_torchrecs_estimate() -> None:
     types = ["--planner.sharding_types", "[table_wise, table_row_wise]"]
     by_time, greedy = (
         small_what_if("--planner.search", search, *types) for search in ("by_time", "greedy")
@@ -75,7 +75,7 @@ def test_the_search_by_time_comes_within_a_tenth_of_greedy_by_torchrecs_own_rati
     assert by_time.planner.step_ms <= 1.1 * greedy.planner.step_ms
 
 
-def test_half_of_the_features_shortens_the_step_where_ranks_outnumber_tables() -> None:
+def test_keeping_half_the_features_shortens_the_step_if_ranks_outnumber_tables() -> None:
     found = small_what_if("--topology.world_size", "64")
     assert found.size_before.tables < found.world_size
     assert found.planner is not None
@@ -92,7 +92,7 @@ def what_if_file(directory: Path, **groups: Any) -> str:
 ADS = {"count": 2, "rows": 1000, "dim": 16, "features_per_table": 2}
 
 
-def test_a_table_goes_with_the_last_of_its_features(tmp_path: Path) -> None:
+def test_a_table_is_dropped_with_its_last_feature(tmp_path: Path) -> None:
     path = what_if_file(tmp_path, ads=ADS)
     one = run(Request(path, drop=["ads_0_0"]))
     assert (one.size_after.features, one.size_after.tables) == (3, 2)
@@ -101,7 +101,7 @@ def test_a_table_goes_with_the_last_of_its_features(tmp_path: Path) -> None:
     assert both.size_after.bytes == 4 * 1000 * 16
 
 
-def test_a_model_that_does_not_fit_is_an_error_in_one_line(
+def test_a_model_that_does_not_fit_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = what_if_file(tmp_path, ads=ADS)
@@ -120,7 +120,7 @@ def test_a_model_that_does_not_fit_is_an_error_in_one_line(
         (["--drop", "ads_0_0", "--planner.sharding_types", "[row]"], "TorchRec has"),
     ],
 )
-def test_wrong_arguments_are_named(
+def test_invalid_arguments_are_refused_and_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main(["plan", what_if_file(tmp_path, ads=ADS), *arguments]) in (1, 2)
@@ -135,7 +135,7 @@ def test_a_misspelt_option_of_a_group_is_refused(
     assert "row" in capsys.readouterr().err
 
 
-def test_a_dry_run_of_a_job_says_what_its_selection_would_do(tmp_path: Path) -> None:
+def test_a_dry_run_of_a_job_reports_the_effect_of_a_selection(tmp_path: Path) -> None:
     path = write_config(tmp_path, tiny())
     names = sorted(name for name in _sparse(path))
     found = run(Request(path, drop=names[:2], overrides=["--topology.device", "cpu"]))

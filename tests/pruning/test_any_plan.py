@@ -1,4 +1,4 @@
-"""Every sharding type to every other, hierarchical ones and data-parallel included."""
+"""Prunes from every sharding type to every other, including hierarchical and data-parallel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.process_group import ProcessGroup
 from torchrec_fmp import prune, sharders
 
 TYPES = (*FLAT, *HIERARCHICAL)
-# A table goes, and one feature of the shared table.
+# Drops one table, and one feature of the shared table.
 GATES = {"e": 0.0, "c": 0.0}
 SURVIVORS = {"t_seven", "t_one", "t_shared"}
 RANKS, RANKS_A_HOST = 4, 2
@@ -29,10 +29,10 @@ BY_ROW = EmbOptimType.EXACT_ROWWISE_ADAGRAD
 
 @dataclass(frozen=True)
 class OneType:
-    """Plans every table alike, but those with fewer rows than ranks table-wise.
+    """Plans every table with one sharding type, or table-wise if it has fewer rows than ranks.
 
     TorchRec cannot shard such a table by grid with a row-wise optimizer: "Total volume of shards
-    does not match tensor volume". By row alone it can: see test_reshard.py.
+    does not match tensor volume". It can shard it row-wise: see test_reshard.py.
     """
 
     sharding: str
@@ -55,7 +55,7 @@ Held = list[tuple[str, Piece]]
 
 
 def resharded(old: str, optimizer_type: EmbOptimType) -> tuple[Held, list[Held]]:
-    """What this rank held after some steps, and after a prune to each of the sharding types."""
+    """This rank's pieces after some steps, and after a prune to each sharding type."""
     with hosts_of(RANKS_A_HOST):
         model = build(Case(gated=False))
         all_sharders = sharders({"optimizer": optimizer_type, "learning_rate": 0.1})
@@ -66,13 +66,13 @@ def resharded(old: str, optimizer_type: EmbOptimType) -> tuple[Held, list[Held]]
             sharders=all_sharders,
         )
         dense = dict(in_backward_optimizer_filter(dmp.named_parameters()))
-        # It keeps the same state of a data-parallel table as FBGEMM's Adagrad of a sharded one.
+        # For data-parallel tables it keeps the same state as FBGEMM's Adagrad for sharded ones.
         optimizer = torch.optim.Adagrad(dense.values(), lr=0.1)
         train(dmp, optimizer, range(3))
         before = held(dmp, optimizer)
         after = []
         for new in TYPES:
-            # A prune takes the optimizer with it.
+            # A prune moves the optimizer to the pruned model.
             own = torch.optim.Adagrad(dense.values(), lr=0.1)
             own.load_state_dict(optimizer.state_dict())
             pruned = prune(dmp, own, select(GATES, Case(gated=False)), planner=OneType(new))
@@ -81,7 +81,7 @@ def resharded(old: str, optimizer_type: EmbOptimType) -> tuple[Held, list[Held]]
 
 
 def held(dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer) -> Held:
-    """The pieces of this rank, with the dense optimizer's state of data-parallel tables."""
+    """This rank's pieces, including the dense optimizer's state of data-parallel tables."""
     found = pieces(dmp)
     for name, parameter in dmp.named_parameters():
         if "embedding_bags" in name and parameter in optimizer.state:
@@ -95,7 +95,7 @@ def held(dmp: DistributedModelParallel, optimizer: torch.optim.Optimizer) -> Hel
     "optimizer",
     [
         pytest.param(BY_ROW, id=BY_ROW.name),
-        # Its states lie as the weights do, so that they move by the same code.
+        # Its states have the weights' layout, so the same code moves them.
         pytest.param(
             EmbOptimType.EXACT_ADAGRAD, id=EmbOptimType.EXACT_ADAGRAD.name, marks=pytest.mark.slow
         ),
@@ -116,12 +116,12 @@ def test_weights_and_states_are_bit_equal_or_merged_as_documented(
             assert expected.any()
             if torch.equal(state, expected):
                 continue
-            # Column shards, or elements, each with a value of their own, have become one.
+            # Several column shards or elements, each with its own value, were merged into one.
             assert optimizer is BY_ROW, (new, table)
             torch.testing.assert_close(state.mean(1), expected.mean(1), msg=f"{new}, {table}")
 
 
-def test_the_matrix_merges_and_splits_row_states(ranks_4: ProcessGroup) -> None:
+def test_row_states_merge_and_split_with_their_column_shards(ranks_4: ProcessGroup) -> None:
     results = ranks_4.run(resharded, "column_wise", BY_ROW)
     before = assemble(rank for rank, _ in results)["t_shared"]["sum"]
     assert (before[:, :4] != before[:, 4:8]).any(), "each column shard has a value of its own"

@@ -1,4 +1,4 @@
-"""Prunes that are unusual: nothing or nearly all goes, several at once, ranks that hold nothing."""
+"""Unusual prunes: nothing or nearly all is dropped, several in a row, ranks that hold nothing."""
 
 from __future__ import annotations
 
@@ -59,22 +59,22 @@ def some_ranks(request: pytest.FixtureRequest) -> ProcessGroup:
 
 
 class Stage(NamedTuple):
-    """One prune of several: what goes, and where the rest goes to."""
+    """One of several prunes: its gates, and the new sharding of the remaining tables."""
 
     gates: Mapping[str, float]
     to: str
 
 
 class Outcome(NamedTuple):
-    """Of several prunes on one rank.
+    """Result of several prunes on one rank.
 
     Args:
-        before: what the rank held.
-        after: what it holds.
-        expected: logits of the old model with closed gates, where it has gates.
-        actual: logits of the new one.
-        losses: of steps afterwards.
-        parities: of each prune.
+        before: pieces that the rank held before the prunes.
+        after: pieces that it holds after them.
+        expected: logits of the old model with closed gates, if it has gates.
+        actual: logits of the new model.
+        losses: losses of the steps afterwards.
+        parities: parity of each prune.
     """
 
     before: Pieces
@@ -95,7 +95,7 @@ def pruned(case: Case, stages: Sequence[Stage]) -> Outcome:
     dense = DENSE
     parities = []
     for i, stage in enumerate(stages):
-        # The first decides on all gates, the others on what is left.
+        # The first prune decides on all gates, the others on the remaining features.
         decisions = select(stage.gates, case).features if i == 0 else decided(stage.gates)
         chosen = Selection(decisions)
         dmp, optimizer, manifest = prune(
@@ -119,7 +119,7 @@ def decided(gates: Mapping[str, float]) -> dict[str, FeatureDecision]:
 
 
 def check(outcomes: list[Outcome], survivors: set[str]) -> None:
-    """Surviving tables and states are bit-equal, and the model computes what it did."""
+    """Surviving tables and states are bit-equal, and the model computes the same as before."""
     before = assemble(outcome.before for outcome in outcomes)
     after = assemble(outcome.after for outcome in outcomes)
     assert after.keys() == survivors
@@ -135,14 +135,14 @@ def check(outcomes: list[Outcome], survivors: set[str]) -> None:
         assert torch.tensor(outcome.losses).isfinite().all()
 
 
-# The table of one row by rows only before another: on CPU, FBGEMM's lookup fails in any model where
-# its last shard is empty.
+# The one-row table is row-wise only in front of another table: on CPU, FBGEMM's lookup fails in any
+# model where its last shard is empty.
 @pytest.mark.parametrize(
     ("stay", "to"),
     [("b", "table_wise"), ("b", "column_wise"), ("a", "row_wise"), ("be", "row_wise")],
     ids=["one row by table", "one row by column", "seven rows by row", "one and thirteen by row"],
 )
-def test_little_may_be_left_and_some_ranks_hold_nothing(
+def test_few_tables_may_remain_and_some_ranks_may_hold_nothing(
     some_ranks: ProcessGroup, stay: str, to: str
 ) -> None:
     gates = {name: 0.0 for name in FEATURES if name not in stay}
@@ -171,7 +171,7 @@ THREE = [
 
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("old", ["row_wise", "table_wise"])
-def test_several_prunes_in_a_row_keep_what_survives_them_all(
+def test_tables_that_survive_several_prunes_are_bit_equal(
     some_ranks: ProcessGroup, old: str, count: int
 ) -> None:
     survivors = {"t_one", "t_shared", "t_seven"} - ({"t_seven"} if count == 3 else set())
@@ -179,7 +179,7 @@ def test_several_prunes_in_a_row_keep_what_survives_them_all(
 
 
 def training(case: Case, prunes: int) -> Run:
-    """Six steps with open gates, and in the middle so many prunes of nothing."""
+    """Six steps with open gates, and in the middle `prunes` prunes that drop nothing."""
     dmp = shard(case)
     set_open(dmp)
     optimizer = adam(dmp)
@@ -194,7 +194,7 @@ def training(case: Case, prunes: int) -> Run:
 
 
 @pytest.mark.parametrize("sharding", ["mixed", *SHARDINGS])
-def test_steps_after_prunes_of_nothing_equal_steps_without_bit_for_bit(
+def test_prunes_that_drop_nothing_leave_later_steps_bit_equal(
     ranks_2: ProcessGroup, sharding: str
 ) -> None:
     without = ranks_2.run(training, Case(sharding), 0)
@@ -209,7 +209,7 @@ def test_a_model_may_lose_every_sparse_feature(some_ranks: ProcessGroup) -> None
 
 
 @pytest.mark.parametrize("to", ["table_wise", "column_wise"])
-def test_tables_of_fp16_keep_their_bits(some_ranks: ProcessGroup, to: str) -> None:
+def test_fp16_tables_stay_bit_equal(some_ranks: ProcessGroup, to: str) -> None:
     case = Case("row_wise", gated=False, data_type=DataType.FP16)
     outcomes = some_ranks.run(pruned, case, [Stage({"a": 0.0, "c": 0.0}, to)])
     check(outcomes, {"t_one", "t_shared", "t_last"})
@@ -217,7 +217,7 @@ def test_tables_of_fp16_keep_their_bits(some_ranks: ProcessGroup, to: str) -> No
     assert {value.dtype for value in weights} == {torch.float16}
 
 
-def test_tables_of_the_dense_kernel_keep_their_bits(some_ranks: ProcessGroup) -> None:
+def test_dense_kernel_tables_stay_bit_equal(some_ranks: ProcessGroup) -> None:
     case = Case("table_wise", gated=False, kernel=EmbeddingComputeKernel.DENSE.value)
     check(
         some_ranks.run(pruned, case, [Stage({"a": 0.0}, "table_wise")]),
@@ -247,7 +247,7 @@ class TwoCollections(nn.Module):
         torch.manual_seed(0)
         self.users: EmbeddingBagCollection | None = collection_of(USERS)
         self.items: EmbeddingBagCollection | None = collection_of(ITEMS)
-        # Where the tables lie decides on the order of what a collection returns.
+        # The order of a collection's output depends on the placement of its tables.
         self.features = {name: features_of(part) for name, part in PARTS.items()}
         count = sum(len(features) for features in self.features.values())
         self.over = nn.Linear(count * DIM, 1)
@@ -295,7 +295,7 @@ def cut_two(model: TwoCollections, fqn: str, cutter: Cutter) -> None:
 
 
 def named_pieces(dmp: DistributedModelParallel) -> Pieces:
-    """As `pieces`, with the tables' fqns."""
+    """Like `pieces`, with the tables' fqns."""
     assert dist.group.WORLD is not None
     found: Pieces = []
     for fqn, held in tables(dmp, dist.group.WORLD, MoveConfig().timeout).local.items():

@@ -1,4 +1,4 @@
-"""Models with compiled parts through gates, prune and on."""
+"""Models with compiled parts: gates, prune and continued training."""
 
 from __future__ import annotations
 
@@ -46,22 +46,22 @@ _graphs: list[int] = []
 
 
 def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """A backend that notes the number of a graph's nodes and runs it as it is."""
+    """A backend that records each graph's number of nodes and runs the graph unchanged."""
     _graphs.append(len(graph.graph.nodes))
     return graph.forward
 
 
 class Outcome(NamedTuple):
-    """What training, pruning and more training gave on one rank.
+    """Result of training, a prune and continued training on one rank.
 
     Args:
-        losses: before and after the prune.
-        parity: the manifest's.
-        before: logits of the old model, its gates at the selection's values.
-        after: the pruned model's.
+        losses: losses before and after the prune.
+        parity: parity in the manifest.
+        before: logits of the old model with its gates at the selection's values.
+        after: logits of the pruned model.
         wrapped: fqns of the wrapped modules of the pruned model.
-        parameters: fqns in the old model, but the gates', and in the pruned one.
-        graphs: compiled by the end of the steps before the prune, and of those after it.
+        parameters: fqns in the old model, except the gates', and in the pruned model.
+        graphs: number of graphs compiled by the end of the steps before and after the prune.
     """
 
     losses: list[float]
@@ -112,7 +112,7 @@ def run(
     steps: tuple[int, int] = (2, 3),
     backend: Backend = counting,
 ) -> Outcome:
-    """Compiles parts of the model at a moment, trains, prunes and trains on, so many steps each."""
+    """Compiles parts of the model at `moment`, then trains, prunes and continues, with `steps`."""
     torch._dynamo.reset()
     _graphs.clear()
     model = build(Case(gated=False))
@@ -148,7 +148,7 @@ def run(
 
 
 def check(plain: Outcome, compiled: Outcome) -> None:
-    """The backend runs what eager mode runs, so the losses are the same but for rounding."""
+    """The backend runs the same as eager mode, so the losses are equal except for rounding."""
     assert plain.graphs == (0, 0)
     assert compiled.graphs[0] > 0 and compiled.graphs[1] > compiled.graphs[0]
     check_pruned(plain, compiled)
@@ -159,7 +159,7 @@ def check_pruned(plain: Outcome, compiled: Outcome) -> None:
     assert compiled.parity is not None and compiled.parity <= 1e-6
     torch.testing.assert_close(compiled.after, compiled.before, rtol=0, atol=1e-6)
     old, new = compiled.parameters
-    # The fqns of the tables that are gone are missing, and nothing else.
+    # Only the fqns of the dropped tables are missing.
     assert set(new) < set(old)
     assert {name.split(".")[-2] for name in set(old) - set(new)} == {"t_seven", "t_last"}
 
@@ -178,7 +178,7 @@ def test_wrapped_dense_parts_are_pruned_and_compiled_again(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_what_inductor_compiles_is_pruned_and_compiled_again(ranks_1: ProcessGroup) -> None:
+def test_parts_compiled_by_inductor_are_pruned_and_compiled_again(ranks_1: ProcessGroup) -> None:
     places = ("model.over_arch",)
     ((plain,), (compiled,)) = (
         ranks_1.run(run, (), "after sharding", False, call, (1, 1)),
@@ -191,7 +191,7 @@ def test_what_inductor_compiles_is_pruned_and_compiled_again(ranks_1: ProcessGro
 @pytest.mark.slow
 def test_a_wrapped_dlrm_with_its_tables_is_pruned_and_compiled_again(ranks_1: ProcessGroup) -> None:
     ((plain,), (compiled,)) = (
-        # Tracing TorchRec's lookups takes long: once for each model must do.
+        # Tracing TorchRec's lookups is slow, so each model is traced only once.
         ranks_1.run(run, (), "before sharding", False, eagerly, (1, 1)),
         ranks_1.run(run, ("model",), "before sharding", False, eagerly, (1, 1)),
     )
@@ -211,7 +211,7 @@ def test_dense_parts_compiled_in_place_are_plain_after_the_prune_and_can_be_comp
     assert compiled.wrapped == []
 
 
-def test_the_blueprint_of_a_module_compiled_in_place_is_plain_and_says_so(
+def test_the_blueprint_of_a_module_compiled_in_place_is_plain_with_a_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
@@ -220,7 +220,7 @@ def test_the_blueprint_of_a_module_compiled_in_place_is_plain_and_says_so(
     assert "0 was compiled in place" in caplog.text
 
 
-def test_a_module_that_is_itself_wrapped_is_cut_by_its_own_fqns_and_wrapped_again() -> None:
+def test_a_compiled_root_module_is_cut_by_its_own_fqns_and_wrapped_again() -> None:
     model = attach_gates(torch.nn.Sequential(build(Case(gated=False)), nn.Identity()))
     wrapped = torch.compile(model, backend=counting)
     assert isinstance(wrapped, nn.Module)
@@ -234,7 +234,7 @@ def test_a_module_that_is_itself_wrapped_is_cut_by_its_own_fqns_and_wrapped_agai
     assert again.get_parameter(f"_orig_mod.{weight}").shape == made.cut_map.tensors[weight].shape
 
 
-def test_a_collection_that_is_itself_wrapped_is_refused() -> None:
+def test_a_compiled_collection_is_refused() -> None:
     model = build(Case(gated=False))
     compile_parts(model, (EBC,), in_place=False)
     with pytest.raises(TypeError, match=f"{EBC} is a collection that torch.compile wraps"):

@@ -1,4 +1,4 @@
-"""Training that goes on after a prune, against a small model that was given the same state by hand.
+"""Continued training after a prune, against a small model given the same state by hand.
 
 Both have the same plan, so they compute in the same order, and fp32 gives the same bits on any
 number of ranks.
@@ -57,7 +57,7 @@ def all_of(
 
 
 def columns_left(fqn: str) -> list[int] | None:
-    """Columns of a dense layer that a model without the dropped features has."""
+    """Columns of a dense layer in a model without the dropped features."""
     if fqn == FIRST_DENSE:
         return [DENSE.index(name) for name in KEPT_DENSE]
     if fqn == FIRST_OVER:
@@ -71,14 +71,14 @@ def columns_left(fqn: str) -> list[int] | None:
 def built_small(
     sharding: str, tables: dict[str, Tensors], dense: Tensors, step: int
 ) -> tuple[DistributedModelParallel, Optimizer]:
-    """A model that never had the dropped features, with the state of one that had."""
+    """A model that never had the dropped features, given the state of a model that had them."""
     dmp = shard(Case(sharding, gated=False, features=KEPT, dense=KEPT_DENSE))
     for collection in sharded_collections(dmp).values():
         for held in local_shards(collection):
             (row, column, rows, columns), table = held.box, tables[held.table]
             place = slice(row, row + rows), slice(column, column + columns)
             held.weight.copy_(table["weight"][place])
-            # One value a row: of several column shards, the mean.
+            # One value per row; for several column shards, their mean.
             for name, state in held.states.items():
                 state.copy_(table[name][place].double().mean(1))
             held.kernel.emb_module.set_optimizer_step(step)
@@ -101,7 +101,7 @@ def run_on(dmp: DistributedModelParallel, optimizer: Optimizer) -> Run:
 
 
 def both_ways(old: str, new: str) -> tuple[Run, Run]:
-    """Training after the prune, and of the model that was built small."""
+    """Continued training of the pruned model, and training of the model built small."""
     dmp, optimizer = trained(Case(old))
     tables, dense = all_of(dmp, optimizer)
     pruned = prune(
@@ -127,7 +127,7 @@ def both_ways(old: str, new: str) -> tuple[Run, Run]:
         ("column_wise", "mixed"),
     ],
 )
-def test_training_after_a_prune_equals_that_of_a_model_built_small_bit_for_bit(
+def test_continued_training_is_bit_equal_to_training_a_model_built_small(
     ranks: ProcessGroup, old: str, new: str
 ) -> None:
     results = ranks.run(both_ways, old, new)

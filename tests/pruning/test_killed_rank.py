@@ -1,4 +1,4 @@
-"""A rank that dies, fails or hangs while tables move: the others say so, and nothing is lost."""
+"""A rank that dies, fails or hangs while tables move: the others name it, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchrec_fmp.reshard.reshard import MoveConfig
 Pieces = list[tuple[str, Piece]]
 
 HANG_SECONDS = 12.0
-# Gloo's and the store's own errors come at once; without them it would take this long.
+# Gloo and the store report errors at once; without them, the others would wait this long.
 TIMEOUT_SECONDS = 60.0
 
 
@@ -46,7 +46,7 @@ def hang() -> None:
 
 
 def killed(victim: int, directory: str) -> Attempt:
-    """How the prune ends on a survivor."""
+    """Outcome of the prune on a surviving rank."""
     dmp, optimizer = trained(CASE)
     dcp.save(dmp.state_dict(), checkpoint_id=directory)
     torch.save(pieces(dmp), f"{directory}/held_by_{dist.get_rank()}.pt")
@@ -56,7 +56,7 @@ def killed(victim: int, directory: str) -> Attempt:
 
 
 def loaded(directory: str) -> tuple[Pieces, Pieces]:
-    """What this rank has from the checkpoint, and what it held when that was written."""
+    """This rank's pieces from the checkpoint, and its pieces when the checkpoint was written."""
     dmp = shard(CASE)
     state = dmp.state_dict()
     dcp.load(state, checkpoint_id=directory)
@@ -91,10 +91,10 @@ def check_checkpoint(directory: str) -> None:
     assert_equal_tables(now, then)
 
 
-def test_when_a_rank_runs_out_of_memory_all_fail_and_train_on_as_before(
+def test_when_a_rank_runs_out_of_memory_all_fail_and_continue_training_unpruned(
     ranks_4: ProcessGroup,
 ) -> None:
-    # What a message may take makes no difference: the others are told.
+    # The time limit of a message does not matter: the others are told.
     move = MoveConfig(chunk_bytes=CHUNK_BYTES)
     results = ranks_4.run(train_around, run_out_of_memory, move)
     for rank, (attempt, _) in enumerate(results):
@@ -108,7 +108,7 @@ def test_when_a_rank_runs_out_of_memory_all_fail_and_train_on_as_before(
     assert_equal_runs([run for _, run in results], [run for _, run in untouched])
 
 
-def test_when_a_rank_hangs_the_others_end_by_the_timeout_and_say_so(ranks_2: ProcessGroup) -> None:
+def test_when_a_rank_hangs_the_others_time_out_and_name_it(ranks_2: ProcessGroup) -> None:
     move = MoveConfig(chunk_bytes=CHUNK_BYTES, timeout_seconds=HANG_SECONDS / 3)
     results = ranks_2.run(train_around, hang, move)
     (waited, _), (hung, _) = results

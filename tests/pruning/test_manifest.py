@@ -1,4 +1,4 @@
-"""What a prune says that it did."""
+"""The manifest: a prune's account of its changes."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ MANIFEST = Manifest(
 )
 
 
-def test_bytes_on_the_diagonal_do_not_move() -> None:
+def test_bytes_on_the_diagonal_count_as_copied_not_moved() -> None:
     assert MANIFEST.moved_bytes == 13
     assert MANIFEST.describe()["copied_bytes"] == 12
 
 
-def test_the_description_is_plain_data_and_says_everything_but_the_decisions() -> None:
+def test_the_description_is_plain_data_with_everything_except_the_decisions() -> None:
     described = replace(MANIFEST, parity_max_abs=2e-7).describe()
     assert json.loads(json.dumps(described)) == {
         "dropped": ["a", "x"],
@@ -73,5 +73,5 @@ def test_the_description_is_plain_data_and_says_everything_but_the_decisions() -
     }
 
 
-def test_without_a_comparison_there_is_no_parity_figure() -> None:
+def test_parity_is_none_without_a_comparison() -> None:
     assert MANIFEST.describe()["parity_max_abs"] is None

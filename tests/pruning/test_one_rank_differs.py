@@ -1,4 +1,4 @@
-"""Arguments, errors and modules that differ on one rank, or from what a model usually is."""
+"""Arguments, errors and modules that differ on one rank, and unusual modules."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def with_a_forward_that_fails_on_rank_1() -> str:
 
 
 def test_a_forward_that_fails_on_one_rank_fails_on_all_without_a_hang() -> None:
-    # A group of its own: the failed forward leaves it with a collective that has not ended.
+    # A separate group, because the failed forward leaves an unfinished collective in it.
     group = ProcessGroup(2, timeout_seconds=60)
     try:
         first, second = group.run(with_a_forward_that_fails_on_rank_1)
@@ -145,7 +145,7 @@ def modes(dmp: DistributedModelParallel) -> dict[str, bool]:
     }
 
 
-def test_every_module_keeps_its_own_mode(ranks: ProcessGroup) -> None:
+def test_every_module_keeps_its_train_or_eval_mode(ranks: ProcessGroup) -> None:
     for before, after in ranks.run(with_modules_of_their_own_modes):
         assert after == before
         assert not any(after.values())
@@ -154,7 +154,7 @@ def test_every_module_keeps_its_own_mode(ranks: ProcessGroup) -> None:
 
 
 class WithExtraState(nn.Module):
-    """State that is no tensor, and a buffer that is not saved."""
+    """Extra state that is not a tensor, and a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ def with_extra_state() -> tuple[dict[str, int], float]:
     return extra.seen, float(extra.scale)
 
 
-def test_state_that_is_no_tensor_and_buffers_that_are_not_saved_survive(
+def test_extra_state_and_non_persistent_buffers_survive(
     ranks: ProcessGroup,
 ) -> None:
     for found in ranks.run(with_extra_state):
@@ -186,7 +186,7 @@ def test_state_that_is_no_tensor_and_buffers_that_are_not_saved_survive(
 
 
 def alive(but: set[int]) -> int:
-    """Bytes of the weights of FBGEMM's tables that are not among these."""
+    """Weight bytes of all live FBGEMM tables, except the modules with the ids `but`."""
     found = [
         module
         for module in gc.get_objects()
@@ -226,7 +226,7 @@ def with_a_staged_build_that_fails() -> tuple[str, list[int], str]:
     return error, held, refused(dmp, optimizer, move=move)
 
 
-def test_the_new_tables_are_freed_before_the_old_ones_are_given_back(
+def test_the_new_tables_are_freed_before_the_old_ones_are_restored(
     ranks_2: ProcessGroup,
 ) -> None:
     first, second = ranks_2.run(with_a_staged_build_that_fails)

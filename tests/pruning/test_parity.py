@@ -1,4 +1,4 @@
-"""Comparing two models' outputs; a prune's own parity is in tests/distributed."""
+"""Comparing two models' outputs; tests/pruning/test_prune.py checks the parity of prunes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchrec_fmp.pruning.parity import Difference, compare
 
 
 class Answers(nn.Module):
-    """Returns what it was given, and a tensor of integers."""
+    """Returns the given values, and the batch, a tensor of integers."""
 
     def __init__(self, *values: float) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def test_the_largest_difference_is_found(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_old_output_that_is_not_finite_can_be_told_from_a_difference(value: float) -> None:
+def test_a_non_finite_old_output_gives_nan_instead_of_a_difference(value: float) -> None:
     found = difference(Answers(1.0, value), Answers(1.0, value))
     assert math.isnan(found.max_abs) and math.isnan(found.relative)
 
@@ -76,7 +76,7 @@ class Narrow(nn.Module):
         return self.bottom(batch).sum(1)
 
 
-def test_the_pruned_model_gets_the_columns_that_stay() -> None:
+def test_the_pruned_model_receives_only_the_kept_columns() -> None:
     batch = torch.tensor([[1.0, 0.0, 4.0]])
     names = {"bottom": ("x", "y", "z")}
     old, new = Narrow(), Narrow()
@@ -88,7 +88,7 @@ def test_the_pruned_model_gets_the_columns_that_stay() -> None:
     assert not new.bottom._forward_pre_hooks
 
 
-def test_an_error_in_the_pruned_model_leaves_no_hook_and_its_mode() -> None:
+def test_an_error_in_the_pruned_model_leaves_no_hook_and_keeps_its_mode() -> None:
     new = Narrow()
     with pytest.raises(KeyError):
         outputs_after(new, select(y=0), torch.ones(1, 3), fail, {"bottom": ("x", "y", "z")})
@@ -99,7 +99,7 @@ def fail(model: nn.Module, batch: Tensor) -> object:
     raise KeyError(batch)
 
 
-def test_the_users_own_forward_is_what_runs() -> None:
+def test_the_comparison_runs_the_users_forward() -> None:
     def doubled(model: nn.Module, batch: Tensor) -> Tensor:
         return 2 * model(batch)
 
@@ -107,7 +107,7 @@ def test_the_users_own_forward_is_what_runs() -> None:
     assert output.tolist() == [6.0]
 
 
-def test_evaluation_gives_every_module_its_own_mode_back() -> None:
+def test_evaluation_restores_the_mode_of_every_module() -> None:
     model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
     model[1].eval()
     modes = [module.training for module in model.modules()]
@@ -117,7 +117,7 @@ def test_evaluation_gives_every_module_its_own_mode_back() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-def test_gates_get_their_own_values_back() -> None:
+def test_gate_values_are_restored() -> None:
     model = gated_model()
     gates = [module for _, module in feature_gates(model)]
     gates[0].fix({name: 0.25 for name in gates[0].features})

@@ -49,8 +49,8 @@ from torchrec_fmp.surgery.cut import cut
 
 TOLERANCE = 1e-6
 
-# Every kind of change at once: a table goes, one feature of the shared table goes, gates fold into
-# rows and into the dense layer, a dense column goes.
+# Every kind of change at once: drops a table, one feature of the shared table and a dense column,
+# and folds gates into rows and into the dense layer.
 USUAL = {"a": 0.0, "c": 0.0, "d": 0.5, "e": 0.3, "x": 0.0, "y": 0.7}
 SELECTIONS: dict[str, dict[str, float]] = {
     "a table": {"a": 0.0},
@@ -98,7 +98,7 @@ def check_parity(results: list[list[tuple[Any, ...]]], has_batch: bool = True) -
 
 
 @pytest.mark.parametrize("gates", SELECTIONS.values(), ids=SELECTIONS.keys())
-def test_the_pruned_model_computes_what_the_gated_one_does(
+def test_the_pruned_model_computes_the_same_as_the_gated_one(
     ranks: ProcessGroup, gates: dict[str, float]
 ) -> None:
     check_parity(ranks.run(compared, Case(), gates, ["mixed"]))
@@ -125,7 +125,7 @@ def test_without_gates_on_dense_columns_the_pruned_model_computes_the_same(
 
 
 def computed_from_kept_keys() -> tuple[Tensor, Tensor]:
-    """Gated logits, and those of the pruned model for a batch without the dropped keys."""
+    """Logits of the gated model, and of the pruned model for a batch without the dropped keys."""
     dmp, optimizer = trained(Case())
     selection = select(USUAL)
     expected = logits(dmp, 8, selection, DENSE)
@@ -136,7 +136,7 @@ def computed_from_kept_keys() -> tuple[Tensor, Tensor]:
     return expected, forward(pruned.eval(), some)[1].detach()
 
 
-def test_batches_may_leave_out_the_dropped_keys_from_now_on(ranks: ProcessGroup) -> None:
+def test_the_pruned_model_accepts_batches_without_the_dropped_keys(ranks: ProcessGroup) -> None:
     for expected, actual in ranks.run(computed_from_kept_keys):
         assert (expected - actual).abs().max() <= TOLERANCE
 
@@ -149,7 +149,7 @@ def a_step_after_pruning(gates: Mapping[str, float]) -> tuple[list[float], Tenso
     return losses, dense_state(pruned.model, pruned.optimizer), pruned.manifest
 
 
-def test_a_dense_layer_without_inputs_goes_on_training(ranks: ProcessGroup) -> None:
+def test_a_dense_layer_without_inputs_continues_training(ranks: ProcessGroup) -> None:
     for losses, state, manifest in ranks.run(a_step_after_pruning, dict.fromkeys(DENSE, 0.0)):
         assert len(losses) == 3
         assert all(tensor.isfinite().all() for tensor in state.values())
@@ -158,7 +158,7 @@ def test_a_dense_layer_without_inputs_goes_on_training(ranks: ProcessGroup) -> N
         assert manifest.dense_columns == {"model.dense_arch": ()}
 
 
-def test_the_manifest_counts_what_is_left(ranks: ProcessGroup) -> None:
+def test_the_manifest_counts_bytes_and_parameters_before_and_after(ranks: ProcessGroup) -> None:
     rows = {table: rows for table, (rows, _) in TABLES.items()}
     before, after = sum(rows.values()) * DIM, (sum(rows.values()) - rows["t_seven"]) * DIM
 
@@ -177,7 +177,7 @@ def test_the_manifest_counts_what_is_left(ranks: ProcessGroup) -> None:
 
 
 def open_training(case: Case, prunes: bool) -> Run:
-    """Six steps with open gates; in the middle there is a prune of nothing, or none."""
+    """Six steps with open gates; in the middle, if `prunes`, a prune that drops nothing."""
     dmp = shard(case)
     set_open(dmp)
     optimizer = adam(dmp)
@@ -213,7 +213,7 @@ def replanned(gates: Mapping[str, float]) -> tuple[dict[str, Any], dict[str, Any
     return before, after
 
 
-def test_torchrecs_planner_plans_again_and_as_before_where_nothing_goes(
+def test_torchrecs_planner_replans_and_repeats_the_plan_if_nothing_is_dropped(
     ranks: ProcessGroup,
 ) -> None:
     for before, after in ranks.run(replanned, {}):
@@ -224,11 +224,11 @@ def test_torchrecs_planner_plans_again_and_as_before_where_nothing_goes(
 
 
 def names_after_pruning() -> tuple[list[str], ...]:
-    """Leftovers of the package, then names of the pruned and of a plain model."""
+    """Leftovers of the package, then names in the pruned model and in a plain one."""
     dmp, optimizer = trained(Case())
     pruned = prune(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=batch(7)).model
     plain = shard(Case(gated=False, features=("b", "d", "e"), dense=("y", "z")))
-    # The first batch makes a buffer, which the pruned model has from the comparison.
+    # The first batch creates a buffer; the pruned model has it from the comparison.
     logits(plain, 0, None, ("y", "z"))
     leftovers = [fqn for fqn, module in pruned.named_modules() if "fmp" in type(module).__module__]
     leftovers += [name for name, _ in pruned.named_parameters() if "gate" in name]
@@ -246,7 +246,7 @@ def names_after_pruning() -> tuple[list[str], ...]:
     )
 
 
-def test_after_the_prune_the_model_is_a_plain_torchrec_model(ranks: ProcessGroup) -> None:
+def test_the_pruned_model_is_a_plain_torchrec_model(ranks: ProcessGroup) -> None:
     for leftovers, *names in ranks.run(names_after_pruning):
         assert leftovers == []
         assert names[:4] == names[4:]
@@ -274,7 +274,7 @@ def test_a_pruned_model_can_be_pruned_again(ranks: ProcessGroup) -> None:
 
 
 def fused_steps(dmp: DistributedModelParallel) -> set[int]:
-    """The steps that this rank's tables' optimizers count to."""
+    """Step counters of the fused optimizers of this rank's tables."""
     return {
         int(kernel.emb_module.iter.item())
         for collection in sharded_collections(dmp).values()
@@ -283,13 +283,13 @@ def fused_steps(dmp: DistributedModelParallel) -> set[int]:
 
 
 def counted_steps() -> tuple[set[int], set[int]]:
-    """Of the old and the pruned model, which were compared on a batch."""
+    """Fused steps of the old and the pruned model after their comparison on a batch."""
     dmp, optimizer = trained(Case())
     pruned = prune(dmp, optimizer, select(USUAL), planner=FixedPlanner(), batch=batch(7)).model
     return fused_steps(dmp), fused_steps(pruned)
 
 
-def test_the_comparison_is_no_step_of_the_fused_optimizers(ranks: ProcessGroup) -> None:
+def test_the_comparison_does_not_step_the_fused_optimizers(ranks: ProcessGroup) -> None:
     for old, new in ranks.run(counted_steps):
         assert old == new == {3}
 

@@ -1,4 +1,4 @@
-"""A prune that fails: what it says, and that it leaves everything as it was."""
+"""Failed prunes: their errors, and that they leave everything unchanged."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from torchrec_fmp.surgery.cut_map import TensorCut
 from torchrec_fmp.surgery.families.dlrm import cut_dlrm
 from torchrec_fmp.surgery.rules import Cutter, cut_rule
 
-# Every kind of change at once: a table goes, one feature of the shared table goes, gates fold into
-# rows and into the dense layer, a dense column goes.
+# Every kind of change at once: drops a table, one feature of the shared table and a dense column,
+# and folds gates into rows and into the dense layer.
 USUAL = {"a": 0.0, "c": 0.0, "d": 0.5, "e": 0.3, "x": 0.0, "y": 0.7}
 
 
@@ -77,7 +77,7 @@ def refused(
     move: MoveConfig | None = None,
     some: Batch | None = None,
 ) -> str:
-    """Name and message of what `prune` raises."""
+    """Type and message of the error that `prune` raises."""
     try:
         prune(dmp, optimizer, selection, planner=FixedPlanner(), batch=some, move=move)
     except Exception as error:
@@ -86,7 +86,7 @@ def refused(
 
 
 def train_around(case: Case, failing: Failing | None, staging: Staging) -> tuple[str, Run]:
-    """Training with an attempt to prune in the middle, or without one."""
+    """Training with a failing prune in the middle, or without one."""
     dmp, optimizer = trained(case)
     torch.manual_seed(5)
     error = failing(dmp, optimizer, MoveConfig(staging)) if failing else ""
@@ -188,7 +188,7 @@ FAILURES = [
 @pytest.mark.parametrize(
     ("failing", "model_type", "message"), FAILURES, ids=[f.__name__ for f, _, _ in FAILURES]
 )
-def test_a_prune_that_fails_leaves_the_old_model_and_optimizer_as_they_were(
+def test_a_failed_prune_leaves_the_old_model_and_optimizer_unchanged(
     ranks: ProcessGroup,
     failing: Failing,
     model_type: type[DLRM],
@@ -199,14 +199,14 @@ def test_a_prune_that_fails_leaves_the_old_model_and_optimizer_as_they_were(
 
 
 @pytest.mark.parametrize("staging", ["none", "host"])
-def test_a_wrong_rule_is_found_without_gates_too(ranks: ProcessGroup, staging: Staging) -> None:
+def test_a_wrong_rule_is_detected_without_gates_too(ranks: ProcessGroup, staging: Staging) -> None:
     case = Case(gated=False, model_type=MiscutDLRM)
     message = "ParityError: pruned and old outputs differ .*a cut rule"
     check_failure(ranks, by_a_wrong_rule_without_gates, case, message, staging)
 
 
 @pytest.mark.parametrize("staging", ["none", "host"])
-def test_ranks_with_different_selections_all_refuse(
+def test_selections_that_differ_between_ranks_are_refused_on_all(
     ranks_2: ProcessGroup, staging: Staging
 ) -> None:
     message = r"RuntimeError: the selection differs between ranks: ranks \[1\] disagree"
@@ -222,7 +222,7 @@ def test_a_model_that_one_rank_cannot_build_is_refused_on_all(
     check_failure(ranks_2, failing, Case(), message, staging)
 
 
-def test_tables_that_one_rank_cannot_stage_are_given_back_on_all(ranks_2: ProcessGroup) -> None:
+def test_tables_are_restored_on_all_ranks_if_one_cannot_stage_them(ranks_2: ProcessGroup) -> None:
     message = "OSError: .*No space left|RuntimeError: staging the tables .* failed on rank 1: OSErr"
     check_failure(ranks_2, by_a_host_without_room_on_one_rank, Case(), message, "host")
 
@@ -258,7 +258,9 @@ def tower_pruned(gates: Mapping[str, float]) -> str:
     return refused(dmp, adam(dmp), selection, some=batch(0))
 
 
-def test_a_module_without_a_rule_must_not_read_what_changes(ranks: ProcessGroup) -> None:
+def test_a_module_without_a_rule_that_reads_changed_features_is_refused(
+    ranks: ProcessGroup,
+) -> None:
     for error in ranks.run(tower_pruned, {"a": 0.0}):
         assert "TypeError: the model is a TwoTower that reads the features ['a']" in error
         assert "@torchrec_fmp.cut_rule(TwoTower)" in error
@@ -284,7 +286,7 @@ def ungated_pruned(gates: Mapping[str, float]) -> tuple[float | None, Tensor, Te
     [{"a": 0.0}, {"c": 0.0, "e": 0.0}, {"a": 0.5, "c": 0.25, "d": 0.75}],
     ids=["a table", "a feature of a shared table", "fractions"],
 )
-def test_a_model_without_gates_is_compared_with_its_embeddings_scaled(
+def test_a_model_without_gates_is_compared_with_scaled_embeddings(
     ranks: ProcessGroup, gates: dict[str, float]
 ) -> None:
     for parity, before, after in ranks.run(ungated_pruned, gates):
@@ -293,7 +295,7 @@ def test_a_model_without_gates_is_compared_with_its_embeddings_scaled(
 
 
 def training_after_fixed_gates() -> Tensor:
-    """The gates' values after a prune that is abandoned, in a model whose gates were fixed."""
+    """The gates' values after a failed prune of a model whose gates were fixed."""
     dmp = shard(Case(model_type=MiscutDLRM))
     ((_, gates), _) = feature_gates(dmp)
     gates.fix(dict.fromkeys(FEATURES, 0.25))
@@ -302,7 +304,7 @@ def training_after_fixed_gates() -> Tensor:
     return gates.values()
 
 
-def test_gates_that_were_fixed_stay_fixed_when_a_prune_fails(ranks_1: ProcessGroup) -> None:
+def test_fixed_gates_stay_fixed_when_a_prune_fails(ranks_1: ProcessGroup) -> None:
     assert ranks_1.run(training_after_fixed_gates)[0].tolist() == [0.25] * len(FEATURES)
 
 
@@ -313,7 +315,9 @@ def with_a_foreign_parameter_on_rank_1() -> str:
     return refused(dmp, optimizer, select(USUAL), some=batch(7))
 
 
-def test_an_optimizer_that_fits_on_one_rank_only_is_refused_on_all(ranks_2: ProcessGroup) -> None:
+def test_an_optimizer_that_does_not_fit_on_one_rank_is_refused_on_all(
+    ranks_2: ProcessGroup,
+) -> None:
     errors = ranks_2.run(with_a_foreign_parameter_on_rank_1)
     assert "RuntimeError: checking the optimizer failed on rank 1" in errors[0]
     assert "ValueError: the optimizer holds a parameter" in errors[1]

@@ -45,8 +45,8 @@ from torchrec_fmp.gates.step_counter import StepCounter
 from torchrec_fmp.pruning.prune import Pruned, prune
 from torchrec_fmp.selection.selection import Selection
 
-# Of each prune in turn: tables, a feature of a shared one, and dense columns. All other gates are
-# 1 and scale nothing, so that what stays is the same bit for bit.
+# Gates that each prune closes: of tables, of a feature of a shared table, and of dense columns. All
+# other gates are 1 and scale nothing, so that the kept tensors stay bit-equal.
 FIRST = {"a": 0.0, "x": 0.0}
 SECOND = {"c": 0.0, "e": 0.0, "z": 0.0}
 CASES = [
@@ -95,7 +95,7 @@ def sampled_steps(
 
 
 def first_columns(layer: str, features: Sequence[str], dense: Sequence[str]) -> list[object]:
-    """What the columns of a first layer are read from, by name; of other layers nothing."""
+    """Names of the inputs of a first layer's columns; empty for other layers."""
     if layer.startswith("model.dense_arch.model._mlp.0._linear.weight"):
         return list(dense)
     if layer.startswith("model.over_arch.model.0._mlp.0._linear.weight"):
@@ -104,7 +104,7 @@ def first_columns(layer: str, features: Sequence[str], dense: Sequence[str]) -> 
 
 
 def check_carried(before: Tensors, after: Tensors, kept: Sequence[str], had: Sequence[str]) -> None:
-    """Dense parameters and their states are those of before, without the columns that went."""
+    """Dense parameters and their states are unchanged, without the dropped columns."""
     assert after.keys() <= before.keys()
     for name, tensor in after.items():
         sources = first_columns(name, *split(had))
@@ -120,7 +120,7 @@ def split(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def fused_steps(dmp: DistributedModelParallel) -> dict[str, int]:
-    """Table -> the step that its optimizer counts to."""
+    """Table -> step counter of its optimizer."""
     return {
         shard.table: int(shard.kernel.emb_module.iter.item())
         for collection in sharded_collections(dmp).values()
@@ -167,7 +167,7 @@ def twice(case: Case) -> tuple[list[tuple[Pieces, Pieces]], list[float | None]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.sharding}-{case.kernel}")
-def test_weights_optimizer_states_and_steps_go_unchanged_through_two_prunes(
+def test_weights_optimizer_states_and_steps_survive_two_prunes_unchanged(
     ranks: ProcessGroup, case: Case
 ) -> None:
     outcomes = ranks.run(twice, case)
@@ -184,7 +184,7 @@ def test_weights_optimizer_states_and_steps_go_unchanged_through_two_prunes(
 
 
 def after_one_prune(case: Case, planner: FixedPlanner, gated: bool) -> Run:
-    """Three steps behind a prune, with new gates, which are open, or without."""
+    """Three steps after a prune, with new, open gates or without gates."""
     dmp = shard(case)
     parameters = dense_parameters(dmp).values()
     optimizer = torch.optim.Adagrad(parameters, lr=0.1)
@@ -210,10 +210,10 @@ def after_one_prune(case: Case, planner: FixedPlanner, gated: bool) -> Run:
     ],
     ids=["fused", "to data-parallel", "from data-parallel", "to the dense kernel"],
 )
-def test_training_with_new_gates_still_open_is_training_without_them(
+def test_training_with_new_open_gates_equals_training_without_gates(
     ranks: ProcessGroup, old: str, new: FixedPlanner
 ) -> None:
-    # The states of both optimizers have the same names, so that tables can cross.
+    # The states of both optimizers have the same names, so tables can move between them.
     case = Case(old, optimizer=EmbOptimType.EXACT_ADAGRAD)
     with_gates = ranks.run(after_one_prune, case, new, True)
     assert_equal_runs(with_gates, ranks.run(after_one_prune, case, new, False))
@@ -231,7 +231,7 @@ def keyed() -> None:
     assert all(optimizer.params[name] is parameter for name, parameter in expected.items())
 
 
-def test_the_keys_of_an_optimizer_are_the_new_fqns_with_gates(ranks: ProcessGroup) -> None:
+def test_keyed_optimizers_use_the_new_fqns_with_gates(ranks: ProcessGroup) -> None:
     ranks.run(keyed)
 
 
@@ -259,7 +259,7 @@ def modes() -> dict[str, bool]:
     return {name: get_unwrapped_module(dmp).get_submodule(name).training for name in names}
 
 
-def test_each_module_behind_new_gates_trains_or_evaluates_as_before(
+def test_modules_behind_new_gates_keep_their_train_or_eval_mode(
     ranks_1: ProcessGroup,
 ) -> None:
     (found,) = ranks_1.run(modes)
@@ -271,7 +271,7 @@ def test_each_module_behind_new_gates_trains_or_evaluates_as_before(
 
 
 def compiled_layers() -> tuple[float, float]:
-    """What closing a new gate changes, and how far that is from dropping its column."""
+    """Change of the logits by closing a new gate, and difference from dropping its column."""
     dmp, optimizer = trained(Case())
     model = get_unwrapped_module(dmp).model
     model.dense_arch = torch.compile(model.dense_arch, backend="eager")
@@ -284,7 +284,7 @@ def compiled_layers() -> tuple[float, float]:
     return changed, (expected - logits(dmp, 8, None, ("y",))).abs().max().item()
 
 
-def test_new_gates_lie_within_what_torch_compile_wraps(ranks_1: ProcessGroup) -> None:
+def test_new_gates_are_inside_the_module_that_torch_compile_wraps(ranks_1: ProcessGroup) -> None:
     ((changed, difference),) = ranks_1.run(compiled_layers)
     assert changed > 1e-3
     assert difference <= 1e-6
@@ -319,13 +319,13 @@ def different_gates() -> str:
     return str(error.value)
 
 
-def test_ranks_that_ask_for_different_gates_all_say_so(ranks_2: ProcessGroup) -> None:
+def test_gates_that_differ_between_ranks_are_refused_on_all(ranks_2: ProcessGroup) -> None:
     for message in ranks_2.run(different_gates):
         assert "an argument" in message
 
 
 def drawn_noise() -> tuple[list[Tensor], list[Tensor]]:
-    """Gate values of two training steps, and of two behind a prune of nothing."""
+    """Gate values of two training steps, and of two more after a prune that drops nothing."""
     dmp, optimizer = trained(Case(), steps=0)
     drawn: tuple[list[Tensor], list[Tensor]] = ([], [])
     for phase in drawn:
@@ -343,7 +343,7 @@ def drawn_noise() -> tuple[list[Tensor], list[Tensor]]:
     return drawn
 
 
-def test_new_gates_do_not_draw_the_old_ones_noise_again(ranks_1: ProcessGroup) -> None:
+def test_new_gates_do_not_repeat_the_noise_of_the_old_ones(ranks_1: ProcessGroup) -> None:
     ((first, second),) = ranks_1.run(drawn_noise)
     assert len(first) == len(second) == 4
     assert not any(torch.equal(a, b) for a in first for b in second if a.shape == b.shape)

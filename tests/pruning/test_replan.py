@@ -1,4 +1,4 @@
-"""TorchRec's own planner behind a prune: staying, moving, and what it costs."""
+"""Prunes with TorchRec's own planner: staying, moving, and their costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torchrec_fmp.planning.replan import Replan
 from torchrec_fmp.pruning.manifest import Manifest
 
 CASE = Case("row_wise", rows=64)
-# A table goes, and one feature of the shared table.
+# Drops one table, and one feature of the shared table.
 GATES = {"e": 0.0, "c": 0.0}
 
 
@@ -39,7 +39,7 @@ def topology() -> Topology:
 
 
 def planner() -> EmbeddingShardingPlanner:
-    """Allows table-wise only, so that its plan differs from the row-wise one that there is."""
+    """Allows table-wise only, so that its plan differs from the current, row-wise one."""
     constraints = {
         table: ParameterConstraints(
             sharding_types=["table_wise"], pooling_factors=[1.0 + i for i in range(len(features))]
@@ -52,7 +52,7 @@ def planner() -> EmbeddingShardingPlanner:
 
 
 def replanned(replan: Replan, steps_left: int | None) -> tuple[Manifest, Manifest, bool]:
-    """Manifests of the dry run and of the prune, and whether the planner is as it was."""
+    """Manifests of the dry run and of the prune, and whether the planner is unchanged."""
     dmp, optimizer = trained(CASE)
     ours = planner()
     constraints = copy.deepcopy(ours._constraints)
@@ -79,11 +79,11 @@ def types(manifest: Manifest) -> set[str]:
     [
         ("sticky", None, "row_wise"),
         ("planner", None, "table_wise"),
-        # With a single step left no move pays.
+        # With a single step left, no move pays off.
         ("auto", 1, "row_wise"),
     ],
 )
-def test_the_plan_is_the_one_that_was_asked_for(
+def test_the_plan_follows_the_replan_option(
     ranks_2: ProcessGroup, replan: Replan, steps_left: int | None, expected: str
 ) -> None:
     for preview, manifest, planner_is_as_it_was in ranks_2.run(replanned, replan, steps_left):
@@ -102,7 +102,7 @@ def test_the_plan_is_the_one_that_was_asked_for(
 
 
 def priced() -> list[dict[str, float]]:
-    """Costs of the sharded model by its own plan: gated, and as the prune leaves it."""
+    """Costs of the sharded model by its own plan, gated and after the prune."""
     dmp, optimizer = trained(CASE)
     found = [
         costs(dmp, topology(), unit=unit, batch_size=8) for unit in ("bytes", "hbm", "step_ms")
@@ -119,11 +119,11 @@ def test_a_sharded_models_features_are_priced_by_its_plan(ranks_2: ProcessGroup)
         assert of_bytes == {f: table_bytes / (2 if f in "cd" else 1) for f in FEATURES}
         assert all(of_memory[feature] > of_bytes[feature] for feature in FEATURES)
         assert all(milliseconds > 0 for milliseconds in of_time.values())
-        # The shared table's cost is its last feature's.
+        # The only remaining feature of the shared table has its whole cost.
         assert of_the_pruned == dict.fromkeys("abd", table_bytes)
 
 
-def test_an_ungated_model_of_torchrecs_planner_is_pruned_alike(ranks_2: ProcessGroup) -> None:
+def test_an_ungated_model_is_pruned_exactly_with_torchrecs_planner(ranks_2: ProcessGroup) -> None:
     for differences in ranks_2.run(ungated):
         assert all(difference <= 1e-6 for difference in differences)
 
@@ -135,7 +135,7 @@ def ungated() -> list[float]:
         dmp = shard(case)
         optimizer = adam(dmp)
         train(dmp, optimizer, range(2))
-        # What is not named stays; the shared table stays for its other feature.
+        # Unnamed features stay; the shared table stays for its other feature.
         pruned = prune(
             dmp,
             optimizer,
@@ -153,7 +153,7 @@ def ungated() -> list[float]:
 
 
 def staging_of(share_of_memory: float) -> tuple[str, float | None]:
-    """Where the old tables go, on ranks with so many times the memory that they take of them."""
+    """Staging of the old tables, on ranks with this share of the memory of old and new tables."""
     dmp, optimizer = trained(CASE)
     arguments: Any = {"replan": "sticky", "batch": batch(7), "move": MoveConfig(chunk_bytes=2**10)}
     roomy = dry_run(dmp, select(GATES), planner=planner(), replan="sticky")
@@ -174,7 +174,7 @@ def staging_of(share_of_memory: float) -> tuple[str, float | None]:
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.9, "host"), (1.5, "none")])
-def test_old_tables_are_staged_where_the_planners_figures_leave_no_room_for_both(
+def test_old_tables_are_staged_if_the_planners_estimates_leave_no_room_for_both(
     ranks_2: ProcessGroup, share: float, expected: str
 ) -> None:
     for staging, parity_max_abs in ranks_2.run(staging_of, share):

@@ -1,4 +1,4 @@
-"""TorchRec's own test models through gates, prune and on."""
+"""TorchRec's own test models: gates, prune and continued training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.torchrec_models import (
 )
 
 Gates = Mapping[str, float]
-# Gates between 0 and 1 too: of a table of its own, and of a table that another feature shares.
+# Includes gates between 0 and 1: of an unshared table, and of a table shared with another feature.
 SOME = {"b": 0.0, "c": 0.0, "d": 0.5}
 SPARSE_NN: dict[str, Gates] = {
     "some features and tables": {**SOME, "e": 0.0, "f": 0.25},
@@ -44,14 +44,14 @@ SEQUENCES: dict[str, Gates] = {
 
 
 class Outcome(NamedTuple):
-    """What a prune gave on one rank.
+    """Result of a prune on one rank.
 
     Args:
-        parity: the manifest's.
+        parity: parity in the manifest.
         before: output of the old model, whose gates have the selection's values, on a batch that
             the prune has not seen.
-        after: output of the pruned model on it.
-        losses: of the next steps.
+        after: output of the pruned model on the same batch.
+        losses: losses of the next steps.
         parameters: fqns in the pruned model.
     """
 
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 
 
 def pruned(case: Case, gates: Gates) -> Outcome:
-    """Trains with sampled gates, prunes, and trains on."""
+    """Trains with sampled gates, prunes, and continues training."""
     dmp, optimizer = shard(case)
     train(dmp, optimizer, range(3), case)
     selection = select(case, gates)
@@ -97,7 +97,7 @@ def check(group: ProcessGroup, case: Case, gates: Gates, tables: set[str]) -> No
 
 @pytest.mark.parametrize("gates", SPARSE_NN.values(), ids=SPARSE_NN.keys())
 @pytest.mark.parametrize("over", OVERS)
-def test_torchrecs_sparse_nn_is_pruned_exactly_and_trains_on(
+def test_torchrecs_sparse_nn_is_pruned_exactly_and_continues_training(
     ranks: ProcessGroup, over: type[nn.Module], gates: Gates
 ) -> None:
     check(ranks, Case(over), gates, {"t0", "t2", "w1"} if gates["f"] else {"t0", "t2"})
@@ -107,14 +107,14 @@ def test_a_sparse_nn_without_weighted_tables_is_pruned_exactly(ranks: ProcessGro
     check(ranks, Case(weighted=False), SOME, {"t0", "t2"})
 
 
-# TestMixedEmbeddingSparseArch reads the pooled embeddings in the order that the plan gives them:
-# that of the tables where all are row-wise.
+# TestMixedEmbeddingSparseArch reads the pooled embeddings in the plan's order, which is the tables'
+# order if all are row-wise.
 @pytest.mark.parametrize(
     ("gates", "tables"),
     zip(SEQUENCES.values(), [{"t0", "t2", "s1"}, {"t0", "t2"}, {"s0", "s1"}], strict=True),
     ids=SEQUENCES.keys(),
 )
-def test_torchrecs_model_of_bags_and_sequences_is_pruned_exactly_and_trains_on(
+def test_torchrecs_model_of_bags_and_sequences_is_pruned_exactly_and_continues_training(
     ranks: ProcessGroup, gates: Gates, tables: set[str]
 ) -> None:
     check(ranks, Case(over=None, before="row_wise", after="row_wise"), gates, tables)
@@ -133,23 +133,23 @@ def test_torchrecs_model_of_bags_and_sequences_is_pruned_exactly_and_trains_on(
     ],
     ids=["bags and sequences", "sparse nn"],
 )
-def test_a_plan_that_reorders_values_which_a_model_reads_by_position_is_refused(
+def test_a_plan_that_reorders_values_read_by_position_is_refused(
     ranks_2: ProcessGroup, case: Case
 ) -> None:
-    """TorchRec orders a collection's `values()` by its shards; only keys are safe to read by."""
+    """TorchRec orders a collection's `values()` by its shards; only reading by key is safe."""
     with pytest.raises(RankError, match="ParityError: pruned and old outputs differ"):
         ranks_2.run(pruned, case, {"b": 0.0})
 
 
 class NoRule(TestSparseNN):
-    """Without a cut rule, and so as it was after a prune that drops nothing."""
+    """A model without a cut rule, so a prune that drops nothing leaves its modules unchanged."""
 
 
 def replanned(case: Case) -> Outcome:
     return pruned(replace(case, model_type=NoRule), {})
 
 
-def test_what_a_module_remembers_of_the_old_plans_key_order_is_forgotten(
+def test_a_modules_cached_key_order_of_the_old_plan_is_discarded(
     ranks_2: ProcessGroup,
 ) -> None:
     case = Case(TestOverArchRegroupModule, before="row_wise", after="table_wise")
@@ -163,6 +163,6 @@ def dropping_every_bag() -> None:
     pruned(case, {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0})
 
 
-def test_what_a_rule_raises_abandons_the_prune(ranks_2: ProcessGroup) -> None:
+def test_an_error_in_a_rule_aborts_the_prune(ranks_2: ProcessGroup) -> None:
     with pytest.raises(RankError, match="needs an unweighted feature"):
         ranks_2.run(dropping_every_bag)

@@ -12,7 +12,7 @@ from torchrec_fmp.reshard.chunks import Part, chunked, direct, message_bytes, pa
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64)
-# (rows, columns or None of a state with one value a row, dtype)
+# (rows, columns or None for a state with one value per row, dtype)
 Shape = tuple[int, int | None, torch.dtype]
 shapes = st.lists(
     st.tuples(st.integers(1, 20), st.none() | st.integers(1, 9), st.sampled_from(DTYPES)),
@@ -61,18 +61,18 @@ def test_every_row_is_in_one_message_and_in_order(shapes: list[Shape], size: int
 
 
 @given(shapes, chunk_sizes)
-def test_a_message_has_at_most_the_chunks_bytes_or_one_row(shapes: list[Shape], size: int) -> None:
+def test_a_message_is_at_most_one_chunk_or_one_row(shapes: list[Shape], size: int) -> None:
     for message in chunked(strided(shapes), size):
         one_row = len(message) == 1 and len(message[0].view) == 1
         assert message_bytes(message) <= size or one_row
 
 
-def test_rows_larger_than_a_chunk_go_one_by_one() -> None:
+def test_rows_larger_than_a_chunk_are_sent_one_by_one() -> None:
     messages = list(chunked([Part("t", torch.zeros(1000, 4))], 8))
     assert [message_bytes(message) for message in messages] == [16] * 1000
 
 
-def test_few_large_messages_are_made_not_many_small_ones() -> None:
+def test_parts_are_packed_into_few_large_messages() -> None:
     parts = [Part("t", torch.zeros(100, 4)), Part("u", torch.zeros(100, 4))]
     assert [message_bytes(message) for message in chunked(parts, 320)] == [320] * 10
 
@@ -82,9 +82,7 @@ def test_no_parts_make_no_message() -> None:
 
 
 @given(shapes, chunk_sizes)
-def test_both_ends_cut_alike_whatever_their_memory_looks_like(
-    shapes: list[Shape], size: int
-) -> None:
+def test_both_ends_cut_equal_messages_for_any_memory_layout(shapes: list[Shape], size: int) -> None:
     ends = [
         [[(piece.name, piece.view.shape) for piece in message] for message in chunked(parts, size)]
         for parts in (contiguous(shapes), strided(shapes))
@@ -94,7 +92,7 @@ def test_both_ends_cut_alike_whatever_their_memory_looks_like(
 
 @settings(deadline=None)
 @given(shapes, chunk_sizes, st.booleans(), st.booleans())
-def test_what_is_packed_is_unpacked_bit_equal(
+def test_a_packed_message_is_unpacked_bit_equal(
     shapes: list[Shape], size: int, from_boxes: bool, to_boxes: bool
 ) -> None:
     sources = (strided if from_boxes else contiguous)(shapes)
@@ -107,7 +105,7 @@ def test_what_is_packed_is_unpacked_bit_equal(
         assert torch.equal(bits(source.view), bits(target.view))
 
 
-def test_unpacking_leaves_what_is_around_a_box_alone() -> None:
+def test_unpacking_leaves_elements_outside_the_box_unchanged() -> None:
     whole = torch.zeros(4, 5)
     message = [Part("t", whole[1:3, 2:4])]
     unpack(message, bits(torch.ones(2, 2)))
@@ -115,7 +113,7 @@ def test_unpacking_leaves_what_is_around_a_box_alone() -> None:
 
 
 @given(shapes, chunk_sizes, st.booleans())
-def test_a_message_sent_from_its_place_is_the_same_as_a_packed_one(
+def test_a_message_sent_in_place_equals_the_packed_one(
     shapes: list[Shape], size: int, from_boxes: bool
 ) -> None:
     for message in chunked((strided if from_boxes else contiguous)(shapes), size):
@@ -162,7 +160,7 @@ def test_writing_to_a_direct_message_writes_to_the_tensor() -> None:
         "two tensors",
     ],
 )
-def test_only_one_contiguous_tensor_that_is_not_merged_travels_without_a_buffer(
+def test_only_a_single_contiguous_unmerged_tensor_is_sent_without_a_buffer(
     views: list[Tensor], share: float, in_place: bool
 ) -> None:
     message = [Part(f"part {i}", view, share) for i, view in enumerate(views)]
@@ -170,7 +168,7 @@ def test_only_one_contiguous_tensor_that_is_not_merged_travels_without_a_buffer(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_row_values_of_column_shards_add_up_by_their_shares(dtype: torch.dtype) -> None:
+def test_row_values_of_column_shards_are_summed_by_their_shares(dtype: torch.dtype) -> None:
     state = torch.zeros(2, dtype=dtype)
     Part("narrow", state, 0.25).accept(torch.tensor([4, 8], dtype=dtype))
     Part("wide", state, 0.75).accept(torch.tensor([8, 4], dtype=dtype))
@@ -178,7 +176,7 @@ def test_row_values_of_column_shards_add_up_by_their_shares(dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 2)])
-def test_a_part_that_is_not_merged_is_overwritten(shape: tuple[int, ...]) -> None:
+def test_an_unmerged_part_is_overwritten(shape: tuple[int, ...]) -> None:
     target, value = torch.full(shape, torch.nan), torch.rand(shape)
     Part("t", target, 1.0 if len(shape) == 1 else 0.5).accept(value)
     assert torch.equal(target, value)

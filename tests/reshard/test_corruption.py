@@ -1,4 +1,4 @@
-"""A byte that changes on its way between two ranks is found by the checksums."""
+"""Checksums detect a byte that changes on its way between two ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNCHECKED = MoveConfig(chunk_bytes=CHUNK_BYTES)
 
 
 def flips_a_byte(in_round: int) -> mock._patch[object]:
-    """Context in which the sender's n-th message to go out is another than was meant."""
+    """Context in which a byte of the sender's n-th outgoing message is flipped."""
     exchange = dist.batch_isend_irecv
     sent = 0
 
@@ -31,7 +31,7 @@ def flips_a_byte(in_round: int) -> mock._patch[object]:
             if operation.op is dist.isend and operation.tensor.dtype == torch.uint8:
                 sent += 1
                 if sent == in_round and dist.get_rank() == SENDER:
-                    # Not in place: that may be the table itself.
+                    # Not in place, because the tensor may be the table itself.
                     operation.tensor = operation.tensor.clone()
                     operation.tensor[5] ^= 16
         return exchange(operations)
@@ -40,7 +40,7 @@ def flips_a_byte(in_round: int) -> mock._patch[object]:
 
 
 def train_around(in_round: int | None) -> tuple[Attempt, Run]:
-    """Training with a prune that is corrupted in the middle, or without one."""
+    """Training with a corrupted prune in the middle, or without one."""
     dmp, optimizer = trained(CASE)
     torch.manual_seed(5)
     attempt = Attempt(NOTHING, 0.0)
@@ -52,13 +52,13 @@ def train_around(in_round: int | None) -> tuple[Attempt, Run]:
 
 
 @pytest.mark.parametrize("in_round", [1, 4])
-def test_a_flipped_byte_fails_the_prune_on_all_ranks_and_leaves_the_old_model(
+def test_a_flipped_byte_fails_the_prune_on_all_ranks_and_keeps_the_old_model(
     ranks_2: ProcessGroup, in_round: int
 ) -> None:
     results = ranks_2.run(train_around, in_round)
     receiver, sender = (attempt.error for attempt, _ in results)
     assert re.match(
-        "CorruptionError: from rank 1 to rank 0 arrived something else than was sent: "
+        "CorruptionError: the message from rank 1 to rank 0 does not match its checksum: "
         r"(weight|sum) of table t_\w+, Box\(row=\d+, column=0, rows=\d+, columns=16\)",
         receiver,
     )
@@ -74,7 +74,7 @@ def pruned(move: MoveConfig, corrupt: bool) -> tuple[str, list[tuple[str, Piece]
     return attempt.error, pieces(done.model) if done else []
 
 
-def test_checksums_change_nothing_where_nothing_is_corrupted(ranks_2: ProcessGroup) -> None:
+def test_checksums_do_not_change_an_uncorrupted_move(ranks_2: ProcessGroup) -> None:
     checked, unchecked = (ranks_2.run(pruned, move, False) for move in (CHECKED, UNCHECKED))
     assert {error for error, _ in [*checked, *unchecked]} == {NOTHING}
     tables = [assemble(held for _, held in results) for results in (checked, unchecked)]

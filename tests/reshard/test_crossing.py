@@ -1,4 +1,4 @@
-"""How a shard's state takes the other form, on plain tensors."""
+"""Conversion of a shard's state between per-element and per-row form, on plain tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import torch
 from torchrec_fmp.reshard.crossing import converted
 
 
-def test_a_value_an_element_stays_or_becomes_the_mean_over_the_shards_columns() -> None:
+def test_one_value_per_element_stays_or_becomes_the_mean_over_the_shards_columns() -> None:
     state = torch.rand(6, 4)
     assert torch.equal(converted(state, 4, by_row=False), state)
     assert torch.equal(converted(state, 4, by_row=True), state.mean(1))
 
 
-def test_a_value_a_row_stays_or_is_repeated_in_every_column() -> None:
+def test_one_value_per_row_stays_or_is_repeated_in_every_column() -> None:
     state = torch.rand(6)
     assert torch.equal(converted(state, 4, by_row=True), state)
     assert torch.equal(converted(state, 4, by_row=False), state[:, None].expand(6, 4))
 
 
-def test_the_mean_is_what_row_wise_adagrad_and_adam_accumulate_from_the_same_gradients() -> None:
+def test_the_mean_equals_the_row_wise_state_of_adagrad_and_adam() -> None:
     gradients = torch.rand(5, 6, 4, dtype=torch.float64)
     by_element, by_row = torch.zeros(2, 6, 4).double(), torch.zeros(2, 6).double()
     for gradient in gradients:

@@ -34,7 +34,7 @@ from tests.support.process_group import ProcessGroup
 from torchrec_fmp.embeddings.local_shards import local_shards, sharded_collections
 from torchrec_fmp.pruning.prune import prune
 
-# A table goes, and one feature of the shared table.
+# Drops one table, and one feature of the shared table.
 GATES = {"e": 0.0, "c": 0.0}
 SURVIVORS = {"t_seven", "t_one", "t_shared"}
 FUSED = [EmbOptimType.EXACT_ADAGRAD, EmbOptimType.EXACT_ROWWISE_ADAGRAD]
@@ -63,7 +63,7 @@ DENSE_OPTIMIZERS = [adagrad, row_wise_adagrad]
 
 
 def table_states(dmp: DistributedModelParallel, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """Data-parallel table -> what the dense optimizer keeps, and which groups it is in."""
+    """Data-parallel table -> its dense optimizer state, and the groups that hold it."""
     found = {}
     for name, parameter in dmp.named_parameters():
         if "embedding_bags" not in name or hasattr(parameter, "_in_backward_optimizers"):
@@ -142,7 +142,7 @@ def test_a_sharded_tables_state_moves_into_the_dense_optimizer(
         assert states.keys() == SURVIVORS
         for table, state in states.items():
             assert torch.equal(state["weight"], whole[table]["weight"])
-            # FBGEMM does not count the steps of an Adagrad that keeps one value an element.
+            # FBGEMM does not count the steps of an Adagrad that keeps one value per element.
             assert state["step"] == (0 if fused is EmbOptimType.EXACT_ADAGRAD else 3)
             assert isinstance(state["step"], Tensor)
             assert len(state["places"]) == 1
@@ -152,14 +152,14 @@ def test_a_sharded_tables_state_moves_into_the_dense_optimizer(
                 assert state["sum"].shape == mean.shape
                 torch.testing.assert_close(state["sum"], mean)
             elif (total != total[:, :1]).any() and fused is not EmbOptimType.EXACT_ADAGRAD:
-                # Several column shards, each with its own value a row.
+                # Several column shards, each with its own value per row.
                 torch.testing.assert_close(state["sum"], mean.expand_as(total))
             else:
                 assert torch.equal(state["sum"], total)
 
 
 def continued(old: str, to: str | None, fused: EmbOptimType, make: Make) -> list[float]:
-    """Losses of eight steps with open gates; after three of them, tables may change sides."""
+    """Losses of eight steps with open gates; after three, tables may change their optimizer."""
     dmp = shard(Case(old, optimizer=fused))
     set_open(dmp)
     optimizer = make(dmp)
@@ -172,14 +172,14 @@ def continued(old: str, to: str | None, fused: EmbOptimType, make: Make) -> list
 @pytest.mark.parametrize(
     ("old", "to"), [("data_parallel", "row_wise"), ("row_wise", "data_parallel")]
 )
-def test_training_goes_on_as_if_the_tables_had_not_changed_sides(
+def test_training_continues_as_if_the_tables_had_kept_their_optimizer(
     ranks_2: ProcessGroup, old: str, to: str
 ) -> None:
     fused = EmbOptimType.EXACT_ADAGRAD
     moved = ranks_2.run(continued, old, to, fused, adagrad)
     stayed = ranks_2.run(continued, old, None, fused, adagrad)
     for losses, others in zip(moved, stayed, strict=True):
-        # The two sides round differently.
+        # The two optimizers round differently.
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(others), rtol=1e-4, atol=1e-5)
 
 
@@ -195,7 +195,7 @@ class MixedPlanner(FixedPlanner):
 
 
 def grouped(dmp: DistributedModelParallel) -> Optimizer:
-    """A group for the gates, one for the layers, and one for the tables, where there are any."""
+    """A group for the gates, one for the layers, and one for the tables, if there are any."""
     named = dense_parameters(dmp)
     tables = [p for name, p in named.items() if "embedding_bags" in name]
     gates = [p for name, p in named.items() if "log_alpha" in name]
@@ -206,7 +206,7 @@ def grouped(dmp: DistributedModelParallel) -> Optimizer:
 
 
 def there_and_back() -> list[dict[str, Any]]:
-    """States after prunes that put some tables on the other side, twice."""
+    """States before and after two prunes that move tables to the fused optimizer and back."""
     dmp = shard(Case("data_parallel", optimizer=EmbOptimType.EXACT_ADAGRAD))
     set_open(dmp)
     optimizer = grouped(dmp)
@@ -214,14 +214,14 @@ def there_and_back() -> list[dict[str, Any]]:
     found = [table_states(dmp, optimizer)]
     for tables in (("t_one", "t_last"), ("t_seven", "t_one", "t_shared", "t_last")):
         planner = MixedPlanner(data_parallel=tables)
-        # The first prune takes the gates away.
+        # The first prune removes the gates.
         selection = select({}, Case(dense_gates=not found[1:]))
         dmp, optimizer, _ = prune(dmp, optimizer, selection, planner=planner)
         found.append(table_states(dmp, optimizer))
     return found
 
 
-def test_a_table_that_comes_back_joins_the_data_parallel_tables_with_the_state_that_it_had(
+def test_a_table_that_is_data_parallel_again_returns_to_its_group_with_its_state(
     ranks: ProcessGroup,
 ) -> None:
     for first, between, last in ranks.run(there_and_back):
@@ -243,7 +243,7 @@ def first_arrival() -> list[dict[str, Any]]:
     return list(table_states(dmp, optimizer).values())
 
 
-def test_the_first_table_that_becomes_data_parallel_joins_the_dense_parameters_not_the_gates(
+def test_the_first_data_parallel_table_joins_the_group_of_the_layers_not_of_the_gates(
     ranks_1: ProcessGroup,
 ) -> None:
     (states,) = ranks_1.run(first_arrival)
@@ -272,7 +272,7 @@ def keys(old: str, to: str) -> list[str]:
 @pytest.mark.parametrize(
     ("old", "to"), [("data_parallel", "row_wise"), ("row_wise", "data_parallel")]
 )
-def test_torchrecs_wrappers_name_the_tables_of_either_side(
+def test_torchrecs_wrappers_name_the_tables_of_either_optimizer(
     ranks_1: ProcessGroup, old: str, to: str
 ) -> None:
     (names,) = ranks_1.run(keys, old, to)
@@ -304,7 +304,7 @@ def fused_only(dmp: DistributedModelParallel) -> Optimizer:
 
 
 class Odd(torch.optim.Adagrad):
-    """Its constructor asks for more than its param groups have."""
+    """Its constructor needs an argument that its param groups do not have."""
 
     def __init__(self, parameters: Any, purpose: str) -> None:
         super().__init__(parameters, lr=0.1)
@@ -337,11 +337,11 @@ def refused(case: Case, make: Make, to: str) -> tuple[str, bool]:
         (adam, "row_wise", "data_parallel", "the fused optimizer ['sum']"),
         (sgd, "row_wise", "data_parallel", "SGD keeps the states []"),
         (without_tables, "data_parallel", "row_wise", "does not hold its parameter"),
-        (fused_only, "row_wise", "data_parallel", "pass the dense optimizer, too"),
-        (odd, "row_wise", "data_parallel", "could not be tried out"),
+        (fused_only, "row_wise", "data_parallel", "Pass the dense optimizer too"),
+        (odd, "row_wise", "data_parallel", "to find its states failed"),
     ],
 )
-def test_a_state_that_has_no_place_on_the_other_side_is_refused_and_the_old_model_goes_on(
+def test_a_state_without_a_counterpart_is_refused_and_the_old_model_still_trains(
     ranks_2: ProcessGroup, make: Make, old: str, to: str, message: str
 ) -> None:
     for error, trains in ranks_2.run(refused, Case(old), make, to):

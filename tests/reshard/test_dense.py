@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 
 class Gated(Wrapper):
-    """The model before, with a gate."""
+    """The old model, with a gate."""
 
     inner = "gated"
 
@@ -83,7 +83,7 @@ def stepped(old: Gated, optimizer_class: type[Optimizer] = Adam, **settings: Any
     return optimizer
 
 
-def test_until_the_commit_the_optimizer_is_the_old_models() -> None:
+def test_the_optimizer_keeps_the_old_parameters_until_the_commit() -> None:
     old, new = Gated(), Model(2)
     optimizer = stepped(old)
     groups = [list(group["params"]) for group in optimizer.param_groups]
@@ -158,17 +158,17 @@ def fill_tied(columns_of_b: torch.Tensor | None, columns_of_a: torch.Tensor | No
     return new
 
 
-def test_layers_that_share_a_parameter_go_on_sharing_it() -> None:
+def test_layers_that_share_a_parameter_still_share_it() -> None:
     new = fill_tied(None)
     assert new.a.weight is new.b.weight and not new.a.weight.is_meta
 
 
-def test_a_shared_parameter_is_not_cut_for_one_layer_only() -> None:
+def test_cutting_a_shared_parameter_for_one_layer_only_is_refused() -> None:
     with pytest.raises(ValueError, match="a.weight and b.weight share a parameter"):
         fill_tied(COLUMNS)
 
 
-def test_a_shared_parameter_is_not_cut_differently_to_the_same_shape() -> None:
+def test_cutting_a_shared_parameter_differently_to_the_same_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="a.weight and b.weight share a parameter"):
         fill_tied(COLUMNS, torch.tensor([1, 2]))
 
@@ -179,7 +179,7 @@ OPTIMIZERS = [
     for value in vars(torch.optim).values()
     if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
 ]
-# Besides each optimizer as it is without settings.
+# In addition to each optimizer with its default settings.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "SGD": [
         {"momentum": 0.9},
@@ -245,7 +245,7 @@ def sliced(optimizer: Optimizer, old: Gated, kept: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kind", "settings"), CASES)
-def test_every_optimizer_trains_on_like_one_that_was_given_the_cut_state(
+def test_every_optimizer_continues_like_one_that_was_given_the_cut_state(
     kind: type[Optimizer], settings: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
@@ -294,7 +294,7 @@ def test_a_parameter_that_is_not_cut_keeps_a_state_of_any_shape(kind: type[Optim
     assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_an_optimizer_of_all_parameters_together_is_refused() -> None:
+def test_an_optimizer_with_its_own_list_of_parameters_is_refused() -> None:
     old = Gated()
     optimizer = LBFGS(old.parameters())
     with pytest.raises(TypeError, match="LBFGS keeps parameters in its attribute _params"):
@@ -318,7 +318,7 @@ def on_plateau(optimizer: Optimizer) -> Any:
 
 
 def scheduled(schedule: Callable[[Optimizer], Any], carries: bool) -> list[Any]:
-    """What a scheduler sets in two groups, over eight steps; after three, a gate is cut away."""
+    """Settings of two groups under a scheduler in eight steps; after three, a gate is cut."""
     torch.manual_seed(0)
     old = Gated()
     model: nn.Module = old
@@ -342,7 +342,7 @@ def scheduled(schedule: Callable[[Optimizer], Any], carries: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("schedule", [by_step, by_function, one_cycle, on_plateau])
-def test_schedulers_and_param_groups_go_on_as_if_nothing_had_been_cut(
+def test_schedulers_and_param_groups_continue_as_if_nothing_had_been_cut(
     schedule: Callable[[Optimizer], Any],
 ) -> None:
     rates = scheduled(schedule, True)
@@ -350,7 +350,7 @@ def test_schedulers_and_param_groups_go_on_as_if_nothing_had_been_cut(
     assert rates[3] != rates[7]
 
 
-def test_a_keyed_optimizer_keeps_its_own_keys_and_renames_those_that_are_fqns() -> None:
+def test_a_keyed_optimizer_keeps_custom_keys_and_renames_fqns() -> None:
     old, new = Gated(), Model(2)
     named = dict(old.named_parameters())
     mine = {
@@ -368,7 +368,7 @@ def test_a_keyed_optimizer_keeps_its_own_keys_and_renames_those_that_are_fqns() 
     assert optimizer.state_dict()["state"].keys() == {"the weight", "model.layer.bias"}
 
 
-def test_an_optimizer_in_the_backward_pass_of_a_dense_layer_is_carried_with_its_cut_state() -> None:
+def test_an_in_backward_optimizer_of_a_dense_layer_is_carried_with_its_cut_state() -> None:
     torch.manual_seed(0)
     old = Gated()
     layer = old.gated.layer

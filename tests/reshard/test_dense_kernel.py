@@ -37,7 +37,7 @@ from torchrec_fmp.pruning.prune import prune
 from torchrec_fmp.reshard.reshard import MoveConfig
 from torchrec_fmp.selection.selection import Selection
 
-# A table goes, and one feature of the shared table.
+# Drops one table, and one feature of the shared table.
 GATES = {"e": 0.0, "c": 0.0}
 SURVIVORS = {"t_seven", "t_one", "t_shared"}
 FUSED = EmbOptimType.EXACT_ADAGRAD
@@ -75,12 +75,12 @@ def momentum(dmp: DistributedModelParallel) -> Optimizer:
 
 
 def nadam(dmp: DistributedModelParallel) -> Optimizer:
-    """Keeps a running product beside the step."""
+    """Keeps a running product in addition to the step."""
     return torch.optim.NAdam(dense_parameters(dmp).values(), lr=0.05)
 
 
 def holdings(dmp: DistributedModelParallel, optimizer: Optimizer) -> list[tuple[str, Piece]]:
-    """Weights and states of this rank's shards, wherever their optimizer is."""
+    """Weights and states of this rank's shards, whichever optimizer holds them."""
     found = pieces(dmp)
     parameters = {
         name.split(".")[-2]: parameter
@@ -91,7 +91,7 @@ def holdings(dmp: DistributedModelParallel, optimizer: Optimizer) -> list[tuple[
     for local in shards_of_rank(dmp):
         if local.is_fused:
             continue
-        # The column shards of a rank lie one below the other in one parameter.
+        # A rank's column shards are stacked in one parameter.
         start = rows[local.table]
         rows[local.table] += local.box.rows
         box = (local.box.row, local.box.column, local.box.rows, local.box.columns)
@@ -109,13 +109,13 @@ def holdings(dmp: DistributedModelParallel, optimizer: Optimizer) -> list[tuple[
 def moved(
     case: Case, make: Make, planners: Sequence[FixedPlanner], move: MoveConfig | None = None
 ) -> list[Any]:
-    """What this rank holds before and after each of several prunes in a row."""
+    """This rank's holdings before and after each of several prunes in a row."""
     dmp = shard(case)
     optimizer = make(dmp)
     train(dmp, optimizer, range(3))
     found = [holdings(dmp, optimizer)]
     for i, planner in enumerate(planners):
-        # The first prune takes the gates away.
+        # The first prune removes the gates.
         selection = select(GATES) if i == 0 else Selection({})
         dmp, optimizer, _ = prune(dmp, optimizer, selection, planner=planner, move=move)
         found.append(holdings(dmp, optimizer))
@@ -124,7 +124,7 @@ def moved(
 
 
 def check_equal_states(results: list[list[Any]], names: set[str]) -> None:
-    """Every stage has the first one's weights and states, bit for bit."""
+    """Weights and states are bit-equal in all stages."""
     first, *others = [assemble(stage) for stage in zip(*results, strict=True)]
     for state in others:
         assert state.keys() == SURVIVORS
@@ -144,10 +144,10 @@ KEPT: list[tuple[Make, set[str]]] = [
 
 
 @pytest.mark.parametrize(("make", "names"), KEPT, ids=lambda value: getattr(value, "__name__", ""))
-def test_the_states_go_along_with_the_shards_between_all_shardings(
+def test_states_move_with_their_shards_between_all_shardings(
     ranks: ProcessGroup, make: Make, names: set[str]
 ) -> None:
-    # Each sharding once before and once after each of the others.
+    # Each sharding comes once before and once after each of the others.
     ways = [
         dense("row_wise"),
         dense("column_wise"),
@@ -168,21 +168,21 @@ def test_the_states_go_along_with_the_shards_between_all_shardings(
     check_equal_states(results, {"weight", *names})
 
 
-def test_the_states_go_along_on_four_ranks(ranks_4: ProcessGroup) -> None:
+def test_states_move_with_their_shards_on_four_ranks(ranks_4: ProcessGroup) -> None:
     ways = [dense("column_wise"), dense("table_wise", first_rank=3), REPLICATED, dense("row_wise")]
     results = ranks_4.run(moved, Case("row_wise", kernel="dense"), adam, ways)
     check_equal_states(results, {"weight", *dict(KEPT)[adam]})
 
 
 def row_wise_adagrad(dmp: DistributedModelParallel) -> Optimizer:
-    """Of the tables and layers that are not cut."""
+    """Row-wise Adagrad of the tables and of the layers that are not cut."""
     named = dense_parameters(dmp)
     whole = [p for name, p in named.items() if p.dim() == 2 and "over_arch" not in name]
     return RowWiseAdagrad(whole, lr=0.1)
 
 
 @pytest.mark.parametrize("staging", ["none", "host"])
-def test_the_states_of_the_dense_kernel_go_to_the_fused_one_and_back(
+def test_dense_kernel_states_survive_a_move_to_the_fused_kernel_and_back(
     ranks_2: ProcessGroup, staging: Literal["none", "host"]
 ) -> None:
     fused = [FixedPlanner(sharding) for sharding in SHARDINGS]
@@ -205,7 +205,7 @@ def test_the_states_of_the_dense_kernel_go_to_the_fused_one_and_back(
 
 
 @pytest.mark.parametrize("old", [dense("table_wise"), STACKED], ids=lambda old: old.sharding)
-def test_one_value_an_element_becomes_one_a_row_of_each_fused_shard(
+def test_one_value_per_element_becomes_one_per_row_of_each_fused_shard(
     ranks_2: ProcessGroup, old: FixedPlanner
 ) -> None:
     results = ranks_2.run(
@@ -221,7 +221,9 @@ def test_one_value_an_element_becomes_one_a_row_of_each_fused_shard(
         assert torch.equal(value, expected)
 
 
-def test_one_value_a_row_goes_to_the_dense_kernel_and_back(ranks_2: ProcessGroup) -> None:
+def test_one_value_per_row_survives_moves_between_dense_and_fused_kernels(
+    ranks_2: ProcessGroup,
+) -> None:
     planners = [dense("column_wise"), FixedPlanner("row_wise"), STACKED, FixedPlanner("table_wise")]
     results = ranks_2.run(moved, Case("row_wise", kernel="dense"), row_wise_adagrad, planners)
     names = {"weight", "sum"}
@@ -251,13 +253,13 @@ def continued(case: Case, make: Make, planner: FixedPlanner | None) -> list[floa
         (Case("data_parallel"), nadam, dense("column_wise")),
     ],
 )
-def test_training_goes_on_as_if_the_tables_had_not_moved(
+def test_training_continues_as_if_the_tables_had_not_moved(
     ranks_2: ProcessGroup, case: Case, make: Make, planner: FixedPlanner
 ) -> None:
     went = ranks_2.run(continued, case, make, planner)
     stayed = ranks_2.run(continued, case, make, None)
     for losses, others in zip(went, stayed, strict=True):
-        # Shardings and kernels add in other orders.
+        # Shardings and kernels sum in different orders.
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(others), rtol=1e-4, atol=1e-5)
 
 
@@ -268,7 +270,7 @@ def before_the_first_step(planner: FixedPlanner) -> list[float]:
     return train(dmp, optimizer, range(3))
 
 
-def test_an_optimizer_that_has_not_started_starts_afterwards(ranks_2: ProcessGroup) -> None:
+def test_an_optimizer_without_steps_starts_after_the_prune(ranks_2: ProcessGroup) -> None:
     ways = [dense("row_wise"), dense("column_wise"), REPLICATED]
     for stayed, *others in zip(
         *(ranks_2.run(before_the_first_step, way) for way in ways), strict=True
@@ -304,7 +306,7 @@ def refused(make: Make, planner: FixedPlanner) -> tuple[str, bool]:
         (adafactor, dense("column_wise"), "have no value for each row"),
     ],
 )
-def test_a_state_that_cannot_go_along_is_refused_on_all_ranks_and_the_old_model_goes_on(
+def test_a_state_that_cannot_move_is_refused_on_all_ranks_and_the_old_model_still_trains(
     ranks_2: ProcessGroup, make: Make, planner: FixedPlanner, message: str
 ) -> None:
     for error, trains in ranks_2.run(refused, make, planner):
@@ -324,14 +326,14 @@ def adafactor_stays() -> tuple[list[float], list[float]]:
     return losses[0], losses[1]
 
 
-def test_a_table_that_stays_where_it_is_keeps_states_of_any_shape(ranks_2: ProcessGroup) -> None:
+def test_a_table_that_does_not_move_keeps_states_of_any_shape(ranks_2: ProcessGroup) -> None:
     for pruned, unpruned in ranks_2.run(adafactor_stays):
         assert pruned == unpruned
 
 
 @dataclass(frozen=True)
 class OneApart(FixedPlanner):
-    """A table with a sharding of its own, and so with a kernel of its own; the others row-wise."""
+    """One table has a separate sharding and so a separate kernel; the others are row-wise."""
 
     def _sharding(self, table: str, world_size: int) -> ParameterShardingGenerator:
         sharding = self.sharding if table == "t_one" else "row_wise"
@@ -339,7 +341,7 @@ class OneApart(FixedPlanner):
 
 
 def scheduled() -> list[tuple[float, float, float]]:
-    """Learning rate of each kernel's param group, its initial one, and the one that it uses."""
+    """Per kernel: the learning rate of its param group, the initial rate, and the rate in use."""
     dmp = shard(Case("row_wise", gated=False, optimizer=FUSED))
     optimizer: Optimizer = CombinedOptimizer([dmp.fused_optimizer, layers(dmp)])
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
@@ -368,7 +370,7 @@ def shards_of_rank(dmp: DistributedModelParallel) -> list[LocalShard]:
     return [local for collection in collections for local in local_shards(collection)]
 
 
-def test_a_kernel_of_tables_from_the_dense_optimizer_joins_the_schedule_of_the_others(
+def test_a_fused_kernel_of_former_dense_tables_follows_the_schedule_of_the_others(
     ranks: ProcessGroup,
 ) -> None:
     results = ranks.run(scheduled)

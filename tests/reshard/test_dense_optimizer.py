@@ -71,7 +71,7 @@ def adagrad(dmp: DistributedModelParallel) -> Optimizer:
 
 
 def groups(dmp: DistributedModelParallel) -> Optimizer:
-    """Three groups with their own hyperparameters; the gates have one to themselves.
+    """Three groups with different hyperparameters; the gates have a separate one.
 
     The names are those of a gated and of a plain model.
     """
@@ -109,7 +109,7 @@ def without_params(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def carried(make: Make) -> tuple[Tensors, Tensors, list[Any], list[Any], list[str]]:
-    """States and groups before and after, and the names of what the optimizer holds."""
+    """States and groups before and after, and the names of the optimizer's parameters."""
     dmp = shard(Case())
     optimizer = make(dmp)
     train(dmp, optimizer, range(3))
@@ -124,7 +124,7 @@ def carried(make: Make) -> tuple[Tensors, Tensors, list[Any], list[Any], list[st
 
 
 def over_columns() -> list[int]:
-    """Columns of the over arch that stay, from the names of the pairs."""
+    """Kept columns of the over arch, from the names of the pairs."""
     pairs = enumerate(combinations(["dense", *FEATURES], 2), start=DIM)
     kept = [column for column, pair in pairs if set(pair) <= {"dense", *KEPT}]
     return [*range(DIM), *kept]
@@ -144,17 +144,17 @@ def test_dense_weights_and_states_are_the_kept_columns_of_the_old_ones(
             expected = before[name]
             if expected.dim() == 2 and parameter == BOTTOM:
                 expected = expected[:, [DENSE.index("y"), DENSE.index("z")]]
-                # The weight takes up the gate; the state is what it was.
+                # The gate folds into the weight; the state is not scaled.
                 expected = expected if state else expected * torch.tensor([0.7, 1.0])
             elif expected.dim() == 2 and parameter == OVER:
-                # Of c and d, which share a table, d alone stays: its rows take up the gate.
+                # c and d share a table and only d stays, so its gate folds into the rows.
                 expected = expected[:, over_columns()]
             assert torch.equal(tensor, expected), name
             assert state != "step" or tensor == 3
 
 
 def continued(make: Make) -> tuple[list[float], list[float], Tensors, Tensors]:
-    """Ten steps of the pruned model, and of one built small that was given its state."""
+    """Ten steps of the pruned model, and of a model built small with the same state."""
     dmp = shard(Case())
     optimizer = make(dmp)
     train(dmp, optimizer, range(3))
@@ -192,7 +192,7 @@ def load(small: DistributedModelParallel, pruned: DistributedModelParallel) -> N
 
 
 @pytest.mark.parametrize("make", PLAIN, ids=lambda make: make.__name__)
-def test_the_pruned_model_trains_on_like_one_that_was_built_small(
+def test_the_pruned_model_continues_training_like_one_built_small(
     ranks: ProcessGroup, make: Make
 ) -> None:
     for losses, small_losses, state, small_state in ranks.run(continued, make):
@@ -235,7 +235,7 @@ def clipped_and_warmed_up(dmp: DistributedModelParallel) -> Optimizer:
 
 
 def combined_with_gates(dmp: DistributedModelParallel) -> Optimizer:
-    """As the project's own training does: the gates have their own optimizer."""
+    """As in the project's own training, the gates have a separate optimizer."""
     named = dense_parameters(dmp)
     dense = {name: p for name, p in named.items() if "log_alpha" not in name}
     gates = {name: p for name, p in named.items() if "log_alpha" in name}
@@ -264,7 +264,7 @@ def rates(optimizer: Optimizer) -> list[float]:
 
 
 def scheduled_training(make: Make, prunes: bool) -> tuple[Any, ...]:
-    """Learning rates and losses of six steps with open gates; nothing is pruned in the middle."""
+    """Learning rates and losses of six steps with open gates; a prune may drop nothing midway."""
     dmp = shard(Case())
     set_open(dmp)
     optimizer = make(dmp)
@@ -290,7 +290,7 @@ def tables(dmp: DistributedModelParallel) -> Tensors:
 
 
 @pytest.mark.parametrize("make", WRAPPED, ids=lambda make: make.__name__)
-def test_torchrecs_wrappers_and_schedulers_go_on_as_without_a_prune(
+def test_torchrecs_wrappers_and_schedulers_continue_as_without_a_prune(
     ranks: ProcessGroup, make: Make
 ) -> None:
     for pruned, untouched in zip(
@@ -342,13 +342,15 @@ def with_a_scheduler(make: Make) -> tuple[list[float], list[float]]:
 
 
 @pytest.mark.parametrize("make", [adam, groups, combined], ids=lambda make: make.__name__)
-def test_a_scheduler_that_refers_to_the_optimizer_goes_on(ranks: ProcessGroup, make: Make) -> None:
+def test_a_scheduler_still_sets_the_rates_of_the_carried_optimizer(
+    ranks: ProcessGroup, make: Make
+) -> None:
     for before, after in ranks.run(with_a_scheduler, make):
         assert set(after) == {rate / 2 for rate in before}
 
 
 class OtherWrapper(OptimizerWrapper):
-    """Might remember parameters."""
+    """A wrapper that may keep parameters."""
 
 
 def with_another_wrapper() -> str:

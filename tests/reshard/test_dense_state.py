@@ -1,4 +1,4 @@
-"""What a dense optimizer keeps of a table, and which part of it is a shard's."""
+"""A dense optimizer's state of a table, and each shard's part of the state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STATE: dict[str, Any] = {
 }
 
 
-def test_a_new_state_has_the_old_ones_form_and_its_values_that_belong_to_no_row() -> None:
+def test_a_new_state_has_the_old_layout_and_values_that_belong_to_no_row() -> None:
     form = DenseState.of(torch.Size([5, 4]), STATE)
     assert form.layout == {
         "element": (torch.float64, False),
@@ -51,7 +51,7 @@ def test_a_state_without_rows_is_odd() -> None:
     assert form.odd == ("columns",)
 
 
-def test_what_an_optimizer_keeps_is_tried_out_with_its_groups_settings() -> None:
+def test_a_sample_state_is_made_with_the_settings_of_the_param_group() -> None:
     optimizer = torch.optim.Adam([nn.Parameter(torch.rand(3))], amsgrad=True)
     place = Place(optimizer, optimizer.param_groups[0])
     form = sample_state("table", place, torch.float32, torch.device("cpu"))
@@ -61,7 +61,7 @@ def test_what_an_optimizer_keeps_is_tried_out_with_its_groups_settings() -> None
 
 
 def column_shards(widths: list[int]) -> list[LocalShard]:
-    """Shards (6, width) of one rank, as TorchRec lays them out: the first one's width for all."""
+    """Shards (6, width) of one rank in TorchRec's layout: all have the first one's width."""
     weights = torch.rand(6 * sum(widths))
     parameter = nn.Parameter(weights[: len(widths) * 6 * widths[0]].view(-1, widths[0]))
     kernel = SimpleNamespace(named_parameters_by_table=lambda: [("t", parameter)])
@@ -74,7 +74,7 @@ def column_shards(widths: list[int]) -> list[LocalShard]:
 
 
 @pytest.mark.parametrize("state", [torch.rand(12, 4), torch.rand(12, 1), torch.rand(12)])
-def test_column_shards_of_a_rank_have_their_parts_of_a_state_one_below_the_other(
+def test_parts_of_a_ranks_column_shards_are_stacked_in_a_state(
     state: Tensor,
 ) -> None:
     parts = [shard.part_of(state) for shard in column_shards([4, 4])]

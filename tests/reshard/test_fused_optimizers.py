@@ -1,4 +1,4 @@
-"""Fused optimizers that only GPUs run, and row counters, on their way between shardings."""
+"""GPU-only fused optimizers, and row counters, moved between shardings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ COUNTERS = {
     "weight_decay_mode": WeightDecayMode.COUNTER,
     "counter_based_regularization": CounterBasedRegularizationDefinition(),
 }
-# Optimizer -> names of its states with one value a row, and of those with one an element.
+# Optimizer -> names of its states with one value per row, and with one value per element.
 ON_GPU: dict[EmbOptimType, tuple[set[str], set[str]]] = {
     EmbOptimType.ADAM: (set(), {"exp_avg", "exp_avg_sq"}),
     EmbOptimType.PARTIAL_ROWWISE_ADAM: ({"exp_avg_sq"}, {"exp_avg"}),
@@ -81,7 +81,7 @@ class Planner:
         per_table = {
             "table_wise": table_wise(rank=world_size - 1, compute_kernel="fused"),
             "row_wise": row_wise(compute_kernel="fused"),
-            # Two column shards, on one rank if there is but one.
+            # Two column shards, both on one rank if there is only one.
             "column_wise": column_wise(ranks=[0, world_size - 1], compute_kernel="fused"),
         }[self.sharding]
         (sharder,) = (s for s in all_sharders if s.module_type is EmbeddingBagCollection)

@@ -1,4 +1,4 @@
-"""Tables that are kept in host memory while the new ones are built: same result, less memory."""
+"""Tables staged in host memory while the new ones are built: same result, less memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PAIRS = [
 
 
 def storage_bytes(dmp: torch.nn.Module) -> list[int]:
-    """Bytes of every storage that this rank's tables lie in."""
+    """Bytes of every storage that holds this rank's tables."""
     assert dist.group.WORLD is not None
     return [
         tensor.untyped_storage().nbytes()
@@ -52,7 +52,7 @@ Outcome = tuple[list[float], list[tuple[str, Piece]], Tensors, str]
 
 
 def pruned(case: Case, to: str, staging: Literal["none", "host"]) -> Outcome:
-    """Losses of the steps after the prune, and what this rank holds then."""
+    """Losses of the steps after the prune, and this rank's pieces, dense state and staging."""
     dmp, optimizer = trained(case)
     selection = select(GATES, case)
     done = prune(
@@ -86,7 +86,7 @@ def test_staging_in_host_memory_gives_the_same_model_bit_for_bit(
 
 
 def storages_around() -> tuple[list[int], list[int], str]:
-    """Bytes of the old tables' storages before and after a staged prune, and what it raised."""
+    """Bytes of the old tables' storages before and after a staged prune, and its error."""
     dmp, optimizer = trained(CASE)
     assert dist.group.WORLD is not None
     held = storages(tables(dmp, dist.group.WORLD, MoveConfig().timeout))
@@ -95,7 +95,7 @@ def storages_around() -> tuple[list[int], list[int], str]:
     return before, [tensor.untyped_storage().nbytes() for tensor in held], attempt.error
 
 
-def test_after_a_staged_prune_the_old_tables_take_no_memory(ranks: ProcessGroup) -> None:
+def test_the_old_tables_take_no_memory_after_a_staged_prune(ranks: ProcessGroup) -> None:
     for before, after, error in ranks.run(storages_around):
         assert error == NOTHING
         assert sum(before) > 0
@@ -121,7 +121,7 @@ def train_around(prunes: bool) -> tuple[list[int], list[int], Attempt | None, Ru
     return before, after, attempt, run
 
 
-def test_after_a_staged_prune_that_fails_the_old_tables_are_back(ranks_2: ProcessGroup) -> None:
+def test_the_old_tables_are_restored_after_a_failed_staged_prune(ranks_2: ProcessGroup) -> None:
     results = ranks_2.run(train_around, True)
     for rank, (before, after, attempt, _) in enumerate(results):
         assert attempt is not None

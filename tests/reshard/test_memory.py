@@ -29,7 +29,7 @@ Staging = Literal["none", "host"]
 
 
 def anonymous_bytes() -> int:
-    """Memory of this process that no file backs: the mapped files of the host stage are not in."""
+    """Memory of this process that no file backs, so without the host stage's mapped files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
@@ -38,7 +38,7 @@ def anonymous_bytes() -> int:
 
 @contextmanager
 def sampled(peaks: list[int]) -> Iterator[None]:
-    """Appends the peak of `anonymous_bytes` over what runs inside."""
+    """Appends the peak of `anonymous_bytes` inside the context."""
     done = threading.Event()
     samples = [anonymous_bytes()]
 
@@ -57,7 +57,7 @@ def sampled(peaks: list[int]) -> Iterator[None]:
 
 
 def peak_bytes(case: Case, to: str, staging: Staging) -> tuple[int, int, int]:
-    """Bytes of the old and of the new local tables, and the peak of all that the job adds."""
+    """Bytes of the old and of the new local tables, and the peak memory that the job adds."""
     gc.collect()
     start = anonymous_bytes()
     dmp = shard(case)

@@ -1,4 +1,4 @@
-"""Tables on their way between up to 8 simulated ranks; tests/distributed moves real ones."""
+"""Tables that move between up to 8 simulated ranks; test_reshard.py uses real ranks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Table:
     """A table before and after.
 
     Args:
-        weight: (rows, columns).
-        momentum: (rows, columns), a state of the weight's shape.
-        sums: (rows, columns), the state with one value a row that each element's shard has.
-        seen: the same of whole numbers.
-        sources: shards before.
-        targets: shards after.
+        weight: weight (rows, columns).
+        momentum: element-wise state (rows, columns).
+        sums: row-wise state, expanded to (rows, columns): each element has its shard's value.
+        seen: row-wise state of whole numbers, expanded in the same way.
+        sources: old shards.
+        targets: new shards.
     """
 
     weight: Tensor
@@ -42,7 +42,7 @@ class Table:
     targets: Shards
 
     def held(self, box: Box) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weight and states of a shard before."""
+        """Weight and states of an old shard."""
         states = {
             "momentum": cut_out(self.momentum, box),
             "sum": cut_out(self.sums, box)[:, 0].clone(),
@@ -51,7 +51,7 @@ class Table:
         return cut_out(self.weight, box), states
 
     def unfilled(self, box: Box) -> tuple[Tensor, dict[str, Tensor]]:
-        """Those of a shard after; what a new table holds before it is filled must not show."""
+        """Weight and states of a new shard; its values before it is filled must not show."""
         shape = (box.rows, box.columns)
         states = {
             "momentum": torch.full(shape, 7.0),
@@ -179,7 +179,7 @@ def test_the_old_tables_are_neither_changed_nor_shared(
 
 @settings(deadline=None, max_examples=50)
 @given(models(), st.integers(1, 300))
-def test_each_rank_receives_what_its_new_shards_lack_in_bounded_messages(
+def test_each_rank_receives_only_missing_parts_in_bounded_messages(
     given_model: tuple[int, dict[str, Table], list[tuple[str, str]]], size: int
 ) -> None:
     ranks, model, moved = given_model
@@ -211,7 +211,7 @@ def test_both_ends_expect_the_same_parts_in_the_same_order(
     ]
 
     def described(parts: list[Any]) -> list[Any]:
-        # Of the name without the table, whose fqn has changed.
+        # The name without the table, whose fqn has changed.
         return [(p.name.split(" of ")[0], p.view.shape, p.view.dtype, p.share) for p in parts]
 
     for origin in range(ranks):
@@ -233,7 +233,7 @@ def flip_a_bit(message: Tensor) -> None:
     message[-1] ^= 1
 
 
-def test_a_bit_that_flips_on_the_way_is_found_by_its_checksum() -> None:
+def test_a_checksum_detects_a_bit_flipped_on_the_way() -> None:
     held, moved = halves()
     with pytest.raises(CorruptionError, match="from rank 0 to rank 1 .* of table t, Box"):
         move(held, moved, 2**16, checksums=True, network=Network(damage=flip_a_bit))

@@ -41,7 +41,7 @@ OPTIMIZERS = {
     EmbOptimType.EXACT_ADAGRAD: {"weight", "sum"},
     EmbOptimType.EXACT_SGD: {"weight"},
 }
-# A table goes, and one feature of the shared table.
+# Drops one table, and one feature of the shared table.
 GATES = {"e": 0.0, "c": 0.0}
 SURVIVORS = {"t_seven", "t_one", "t_shared"}
 Pieces = list[tuple[str, Piece]]
@@ -50,7 +50,7 @@ Pieces = list[tuple[str, Piece]]
 def resharded(
     case: Case, to: list[str], move: MoveConfig | None = None
 ) -> tuple[Pieces, list[Pieces]]:
-    """What this rank held before, and after a prune to each of the shardings."""
+    """This rank's pieces before, and after a prune to each of the shardings."""
     dmp, _ = trained(case)
     before = pieces(dmp)
     after = []
@@ -71,7 +71,7 @@ def check_survivors(
         assert old_tables[table].keys() == OPTIMIZERS[optimizer]
         old = old_tables[table][name][row : row + rows, column : column + columns]
         if name == "sum" and optimizer is ROW_WISE_ADAGRAD and (old != old[:, :1]).any():
-            # Several column shards, each with its own mean of squares, have become one.
+            # Several column shards, each with its own mean of squares, were merged into one.
             torch.testing.assert_close(value, old.mean(1, keepdim=True).expand_as(value))
         else:
             assert torch.equal(value, old), f"{table}/{name}"
@@ -96,7 +96,7 @@ def test_surviving_rows_and_their_state_are_bit_equal_under_any_new_sharding(
         (MoveConfig(chunk_bytes=1), SHARDINGS),
         # A message of this size ends within a part, and not at a multiple of the padding.
         (MoveConfig(chunk_bytes=200, checksums=True), SHARDINGS),
-        # Staging takes the old model's tables, so there is one prune only.
+        # Staging takes the old model's tables, so there is only one prune.
         (MoveConfig("host", chunk_bytes=200), ["column_wise"]),
     ],
     ids=["rows one by one", "small messages with checksums", "staged in host memory"],
@@ -109,7 +109,7 @@ def test_surviving_rows_are_bit_equal_however_they_move(
         check_survivors(results, ROW_WISE_ADAGRAD, new)
 
 
-def test_the_cases_include_what_is_awkward(ranks_4: ProcessGroup) -> None:
+def test_the_cases_include_uneven_empty_and_unequal_shards(ranks_4: ProcessGroup) -> None:
     results = ranks_4.run(resharded, Case("row_wise"), ["table_wise", "column_wise"])
     rows = [{piece[0][2] for table, piece in before if table == "t_seven"} for before, _ in results]
     assert rows == [{2}, {2}, {2}, {1}]
@@ -123,7 +123,7 @@ def test_the_cases_include_what_is_awkward(ranks_4: ProcessGroup) -> None:
 
 
 def moved(case: Case, to: str, move: MoveConfig | None = None) -> tuple[list[int], list[int]]:
-    """Bytes of each message that this rank receives in a prune, and of what it pickles."""
+    """Bytes of each message that this rank receives in a prune, and of each object it pickles."""
     dmp, optimizer = trained(case)
     received: list[int] = []
     pickled: list[int] = []
@@ -169,7 +169,7 @@ def message(tables: int, columns: int) -> int:
     return tables * weight + (tables - 1) * -(-sums // 16) * 16 + sums
 
 
-def test_no_rank_receives_more_of_a_table_than_its_new_shards_lack(ranks_2: ProcessGroup) -> None:
+def test_ranks_receive_only_what_their_new_shards_lack(ranks_2: ProcessGroup) -> None:
     # Where the plan stays, nothing moves.
     for received, _ in ranks_2.run(moved, Case("row_wise", rows=ROWS), "row_wise"):
         assert received == []
@@ -182,7 +182,7 @@ def test_no_rank_receives_more_of_a_table_than_its_new_shards_lack(ranks_2: Proc
         assert received == [message(3, DIM // 2)]
 
 
-def test_messages_are_as_small_as_asked_for_and_as_large_as_they_may_be(
+def test_messages_fill_the_configured_chunk_without_exceeding_it(
     ranks_2: ProcessGroup,
 ) -> None:
     size = 4096
@@ -233,7 +233,7 @@ def test_step_counter_and_learning_rate_survive(ranks: ProcessGroup) -> None:
 
 
 def in_backward(optimizer: type[Optimizer]) -> tuple[Any, ...]:
-    """Pieces before and after, and what is set on the tables' parameters before and after."""
+    """Pieces before and after, and the settings on the tables' parameters before and after."""
     case = Case(in_backward=optimizer)
     dmp, dense = trained(case)
     before, settings = pieces(dmp), settings_of(dmp)
@@ -263,7 +263,7 @@ def settings_of(dmp: Any) -> dict[str, tuple[Any, Any]]:
         (torch.optim.SGD, EmbOptimType.EXACT_SGD),
     ],
 )
-def test_what_apply_optimizer_in_backward_has_set_survives(
+def test_settings_of_apply_optimizer_in_backward_survive(
     ranks: ProcessGroup, optimizer: type[Optimizer], fused: EmbOptimType
 ) -> None:
     results = ranks.run(in_backward, optimizer)

@@ -1,4 +1,4 @@
-"""Tables in host memory, without a process group; tests/distributed stages a real model."""
+"""Tables in host memory, without a process group; test_host_staging.py stages a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kernel_of_two() -> tuple[Tensor, Tensor, list[LocalShard]]:
     return weights, sums, shards
 
 
-def test_staging_takes_the_memory_and_keeps_the_values() -> None:
+def test_staging_frees_the_tables_memory_and_keeps_the_values() -> None:
     weights, sums, shards = kernel_of_two()
     expected = {s.table: {n: t.clone() for n, t in s.tensors.items()} for s in shards}
     stage = HostStage(holding(*shards))
@@ -57,7 +57,7 @@ def test_staging_takes_the_memory_and_keeps_the_values() -> None:
             assert torch.equal(tensor, expected[shard.table][name])
 
 
-def test_restoring_gives_the_same_tensors_their_values_back() -> None:
+def test_restoring_returns_the_values_to_the_same_tensors() -> None:
     weights, sums, shards = kernel_of_two()
     before = weights.clone(), sums.clone()
     stage = HostStage(holding(*shards))
@@ -68,7 +68,7 @@ def test_restoring_gives_the_same_tensors_their_values_back() -> None:
     assert torch.equal(shards[1].states["sum"], before[1][5:])
 
 
-def test_a_state_of_another_dtype_and_stride_is_staged_as_it_is() -> None:
+def test_a_state_of_another_dtype_and_stride_is_staged_unchanged() -> None:
     seen = torch.arange(12, dtype=torch.int64).view(4, 3)[:, 1]
     half = torch.rand(4, 6).to(torch.bfloat16)[:, 2:]
     shard = fused("t", half, seen=seen)
@@ -80,7 +80,7 @@ def test_a_state_of_another_dtype_and_stride_is_staged_as_it_is() -> None:
     assert torch.equal(half, expected) and seen.tolist() == [1, 4, 7, 10]
 
 
-def test_data_parallel_tables_stay_where_they_are() -> None:
+def test_data_parallel_tables_are_not_staged() -> None:
     weight = torch.rand(3, 4)
     kernel = mock.Mock(spec=BatchedDenseEmbeddingBag)
     shard = LocalShard("t", Box(0, 0, 3, 4), weight, {}, kernel)
@@ -103,7 +103,7 @@ def test_releasing_frees_the_memory_of_weights_and_states() -> None:
     assert weights.untyped_storage().nbytes() == sums.untyped_storage().nbytes() == 0
 
 
-def test_a_disk_without_room_is_an_error_that_leaves_the_tables_alone() -> None:
+def test_a_full_disk_is_an_error_that_leaves_the_tables_unchanged() -> None:
     weights, _, shards = kernel_of_two()
     before = weights.clone()
     full = OSError(28, "No space left on device")
@@ -113,7 +113,9 @@ def test_a_disk_without_room_is_an_error_that_leaves_the_tables_alone() -> None:
     assert torch.equal(weights, before)
 
 
-def test_the_file_is_gone_as_soon_as_it_is_mapped(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_file_is_deleted_as_soon_as_it_is_mapped(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     folder = tmp_path_factory.mktemp("staged")
     weights, _, shards = kernel_of_two()
     before = weights.clone()
@@ -131,7 +133,7 @@ def anonymous_bytes() -> int:
     return 1024 * int(line.split()[1])
 
 
-def test_a_cpus_tables_leave_anonymous_memory() -> None:
+def test_staging_cpu_tables_frees_anonymous_memory() -> None:
     size = 64 * 2**20
     shard = fused("t", torch.ones(size // 64, 16))
     before = anonymous_bytes()

@@ -1,4 +1,4 @@
-"""What is known of a model's tables, and the way of those that survive."""
+"""A model's tables, and the planned moves of the surviving ones."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_tables_of_bag_and_sequence_collections_are_found_by_their_weights_fqn()
 
 @settings(deadline=None, max_examples=30)
 @given(st.sets(st.sampled_from(list(CATALOGUE))), st.integers(1, 64), st.data())
-def test_every_surviving_table_moves_from_where_it_is_to_where_the_plan_has_it(
+def test_every_surviving_table_moves_from_its_old_shards_to_the_planned_ones(
     kept: set[str], ranks: int, data: st.DataObject
 ) -> None:
     def place(table: str) -> np.ndarray:

@@ -69,7 +69,7 @@ def test_transfers_are_ordered_by_target_row_and_column(move: Move) -> None:
 
 @settings(deadline=None)
 @given(moves())
-def test_what_a_rank_holds_already_does_not_travel(move: Move) -> None:
+def test_elements_that_a_rank_already_holds_are_not_sent(move: Move) -> None:
     transfers = plan_transfers(move.sources, move.sources)
     assert (transfers["source_rank"] == transfers["target_rank"]).all()
 
@@ -82,7 +82,7 @@ def test_a_table_that_every_rank_holds_is_never_sent(move: Move) -> None:
 
 
 @given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
-def test_copies_are_served_by_their_own_rank_or_by_the_holders_in_turn(
+def test_copies_come_from_their_own_rank_or_from_the_holders_in_turn(
     ranks_and_holders: tuple[int, set[int]],
 ) -> None:
     ranks, holders = ranks_and_holders
@@ -150,7 +150,7 @@ def brute_force(move: Move, per_element: int, per_row: int) -> NDArray[np.int64]
         )
     )
 )
-def test_link_bytes_are_those_counted_element_by_element(
+def test_link_bytes_equal_a_count_element_by_element(
     tables: list[tuple[Move, int, int]],
 ) -> None:
     ranks = tables[0][0].ranks

@@ -1,4 +1,4 @@
-"""The configuration: what is misspelt, mistyped or out of range is an error that says so."""
+"""The configuration: misspelt, mistyped and out-of-range options are refused and named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TARGET = "torchrec_fmp.gates.penalty.TargetPenalty"
 
 
 class OutOfTree(Policy):
-    """Drops what scores too low; the package does not know of it."""
+    """Drops features with low scores; the package does not know this policy."""
 
     def __init__(self, threshold: float = 0.5) -> None:
         self.threshold = threshold
@@ -90,7 +90,7 @@ def test_a_misspelt_override_is_an_error_that_names_the_nearest(
         load(tmp_path, tiny(), option, "3")
 
 
-def test_an_abbreviated_option_is_not_guessed(tmp_path: Path) -> None:
+def test_an_abbreviated_option_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--train\.batch 3"):
         load(tmp_path, tiny(), "--train.batch", "3")
 
@@ -184,16 +184,14 @@ def test_data_and_model_must_be_named(tmp_path: Path, section: str) -> None:
         ("1: 2\n", "there is no section '1'"),
     ],
 )
-def test_yaml_that_is_no_configuration_is_an_error_that_says_where(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_invalid_yaml_is_refused_with_its_location(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"broken.yaml(.|\n)*{message}"):
         load_config(str(path))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused_and_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent.yaml"):
         load_config(str(tmp_path / "absent.yaml"))
 
@@ -227,7 +225,7 @@ def settings_of(part: object) -> object:
         {"train__learning_rate": 1e-5, "gates__log_alpha_bounds": [-5, 3]},
     ],
 )
-def test_the_composed_yaml_gives_the_same_configuration_and_itself(
+def test_the_composed_yaml_gives_the_same_configuration_and_composes_to_itself(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     overrides = ["--train.shuffle", "true"]
@@ -299,7 +297,7 @@ def test_two_configurations_share_no_penalty_or_policy(tmp_path: Path) -> None:
     assert first.policy is not second.policy
 
 
-# What-ifs are no runs; tests/planning/test_what_if.py reads them.
+# What-ifs are not runs; tests/planning/test_what_if.py reads them.
 RUNS = sorted(set(CONFIGS.glob("*.yaml")) - set(CONFIGS.glob("what_if*.yaml")))
 
 

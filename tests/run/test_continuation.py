@@ -1,4 +1,4 @@
-"""What training goes on from after the prune, and at which learning rates."""
+"""Continued training after the prune: its starting point and its learning rates."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check_rewound(config_path: str) -> None:
 
 
 def carries(config_path: str) -> tuple[bool, bool]:
-    """Whether this rank's tables are others than early ones, and have a state."""
+    """Whether this rank's tables differ from early ones, and whether they have a state."""
     config, _ = load_config(config_path)
     job = started(config)
     assert job.optimizer.state
@@ -123,7 +123,7 @@ def config_with(directory: Path, ranks: ProcessGroup, **continuation: Any) -> st
     return write_config(directory, tiny(**settings))
 
 
-def test_rewound_tables_are_those_of_the_early_step_and_no_optimizer_remembers(
+def test_a_rewound_model_has_the_weights_of_the_early_step_and_fresh_optimizers(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     run_ranks.run(
@@ -131,20 +131,20 @@ def test_rewound_tables_are_those_of_the_early_step_and_no_optimizer_remembers(
     )
 
 
-def test_carried_tables_are_trained_ones_and_keep_their_states(
+def test_carried_tables_keep_their_training_and_their_states(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     assert (True, True) in run_ranks.run(carries, config_with(tmp_path, run_ranks))
 
 
-def test_a_reinitialized_model_is_a_fresh_one_of_the_features_that_stay(
+def test_a_reinitialized_model_is_a_fresh_model_of_the_kept_features(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     run_ranks.run(check_reinitialized, config_with(tmp_path, run_ranks, start="reinitialized"))
 
 
 class Rates(Pipeline):
-    """Notes both learning rates before each step of the last phase."""
+    """Records both learning rates before each step of the last phase."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -196,7 +196,7 @@ def test_warm_up_starts_small_and_reaches_both_configured_rates(
         ({"rewind_steps": 3}, "only start: rewound reads"),
     ],
 )
-def test_options_that_say_nothing_are_refused(
+def test_invalid_or_unused_options_are_refused(
     tmp_path: Path, continuation: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -210,7 +210,7 @@ def too_late(config_path: str) -> str:
     return str(error.value)
 
 
-def test_a_rewind_to_a_step_that_was_never_trained_says_how_many_there_are(
+def test_a_rewind_beyond_pretraining_is_refused_with_its_number_of_steps(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
     config = config_with(tmp_path, ranks_1, start="rewound", rewind_steps=1000)

@@ -101,14 +101,14 @@ def check_against_torch(config_path: str) -> None:
         torch.testing.assert_close(trained[table], weight.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_three_steps_move_the_tables_as_torch_adam_moves_them_unsharded(
+def test_three_steps_equal_torch_adam_on_unsharded_tables(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     run_ranks.run(check_against_torch, config_with(tmp_path))
 
 
 def states_after_prune(config_path: str) -> tuple[set[str], list[tuple[float, bool, float]]]:
-    """Kernels of the tables; step, whether there are moments, and rate of each of this rank's."""
+    """Kernels of the tables; step, presence of moments, and rate of each of this rank's tables."""
     config, _ = load_config(config_path)
     job = started(config)
     plan = next(iter(job.model.plan.plan.values()))
@@ -155,7 +155,7 @@ def test_a_whole_run_learns_and_every_rank_decides_alike(
         assert result["bytes"]["after"] < result["bytes"]["before"]
 
 
-def test_the_planners_warnings_of_data_parallel_tables_are_not_shown(tmp_path: Path) -> None:
+def test_the_planners_warnings_about_data_parallel_tables_are_not_shown(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torchrec_fmp.cli", "run", config_with(tmp_path)]
     shown = subprocess.run(
         [*command, "--out", str(tmp_path / "out")],
@@ -190,14 +190,14 @@ def test_a_sharded_table_on_cpu_is_refused_on_all_ranks_and_the_error_says_what_
         {"tables": {"t_main_0": ["data_parallel"]}},
     ],
 )
-def test_data_parallel_tables_are_refused_with_another_optimizer_than_the_dense_one(
+def test_data_parallel_tables_without_the_dense_optimizer_are_refused(
     tmp_path: Path, planner: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match="data_parallel tables train with the dense optimizer"):
         load_config(write_config(tmp_path, tiny(planner=planner)))
 
 
-def test_another_optimizer_of_the_tables_is_an_error_that_names_those_that_there_are(
+def test_an_unknown_embedding_optimizer_is_refused_and_names_the_known_ones(
     tmp_path: Path,
 ) -> None:
     config = write_config(tmp_path, tiny(train__embedding_optimizer="sgd"))

@@ -22,7 +22,7 @@ from torchrec_fmp.run.result import result_of
 CONFIGS = Path(__file__).parents[2] / "configs"
 NAMES = ["erase_movielens", "erase_criteo", "erase_avazu"]
 ROWS = 1000
-# Of the smaller data, so that there are some steps of each phase.
+# Small batches, so that each phase has some steps on the smaller data.
 SMALL = ["--train.batch_size", "64", "--pretrain.batch_size", "8"]
 
 

@@ -63,7 +63,7 @@ def test_a_selection_is_replayed_by_the_former_path_of_its_policy(tmp_path: Path
     assert type(config.policy).__name__ == "FromFile"
 
 
-def test_the_config_of_a_former_run_gives_the_run_and_is_written_with_short_class_names() -> None:
+def test_the_config_of_a_former_run_loads_and_is_written_with_short_class_names() -> None:
     _, former = load_config(str(FORMER))
     _, present = load_config(str(DEMO))
     assert former == present

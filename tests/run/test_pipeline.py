@@ -1,4 +1,4 @@
-"""The whole path on one and two ranks."""
+"""The whole pipeline on one and two ranks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_planted_signal_stays_and_every_rank_decides_alike(
     for result, _ in outcomes:
         assert result["kept"] == list(result["planted"]["signal"])
         assert result["world_size"] == run_ranks.world_size
-        # Relative to the largest logit it is within 1e-6, or the prune had been refused.
+        # Relative to the largest logit it is within 1e-6; otherwise the prune would be refused.
         assert result["parity_max_abs"] <= 1e-5
         assert result["metrics"] == outcomes[0][0]["metrics"]
         assert result["metrics"]["final"]["auc"] > 0.85
@@ -67,7 +67,7 @@ def test_the_planted_signal_stays_and_every_rank_decides_alike(
 
 
 @pytest.mark.parametrize("unit", ["bytes", "step_ms"])
-def test_a_budget_of_a_models_costs_is_kept_and_every_rank_decides_alike(
+def test_a_cost_budget_is_met_and_every_rank_decides_alike(
     ranks_2: ProcessGroup, tmp_path: Path, unit: str
 ) -> None:
     half = {"keep": 0.5, "unit": unit}
@@ -84,7 +84,7 @@ def test_a_budget_of_a_models_costs_is_kept_and_every_rank_decides_alike(
         assert result["bytes"]["after"] <= 0.5 * result["bytes"]["before"]
 
 
-def test_pretraining_takes_the_number_of_samples_asked_for_over_all_ranks(
+def test_pretraining_takes_the_configured_number_of_samples_over_all_ranks(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     config = tiny(pretrain__samples=2100, pretrain__batch_size=32 // run_ranks.world_size)
@@ -103,7 +103,7 @@ def first_shards(config_path: str) -> dict[str, Tensor]:
 def test_shards_of_a_table_do_not_start_as_copies_of_each_other(
     ranks_2: ProcessGroup, tmp_path: Path
 ) -> None:
-    # Of equal sizes, so that both ranks draw equally many numbers.
+    # Shards of equal size, so that both ranks draw equally many numbers.
     even = tiny(planner__sharding_types=["row_wise"], data__init_args__cardinalities=[8, 8])
     config = write_config(tmp_path, even)
     first, second = ranks_2.run(first_shards, config)
@@ -118,7 +118,7 @@ def noise_seeds(config_path: str, seed: int) -> set[int]:
     return {module.config.seed for _, module in feature_gates(job.model)}
 
 
-def test_the_seed_of_a_run_is_the_gate_noises_too(ranks_1: ProcessGroup, tmp_path: Path) -> None:
+def test_the_seed_of_a_run_also_seeds_the_gate_noise(ranks_1: ProcessGroup, tmp_path: Path) -> None:
     config = write_config(tmp_path, tiny())
     assert ranks_1.run(noise_seeds, config, 3) != ranks_1.run(noise_seeds, config, 4)
 
@@ -172,7 +172,7 @@ def torchrun(config: str, out: Path, *verb: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_torchrun_runs_model_parallel_and_says_so_once(tmp_path: Path) -> None:
+def test_torchrun_runs_model_parallel_and_reports_it_once(tmp_path: Path) -> None:
     done = torchrun(write_config(tmp_path, tiny()), tmp_path / "out")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -204,7 +204,7 @@ def test_an_error_on_one_rank_ends_the_run_with_that_error(tmp_path: Path) -> No
 
 
 class Scores(nn.Module):
-    """Predicts what the dense column says."""
+    """Predicts the value of the dense column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def padded(logits: Tensor, labels: Tensor, batch_size: int) -> Iterator[tuple[Ba
 
 
 def evaluated() -> Metrics:
-    """Of 13 rows, divided unevenly."""
+    """Metrics of 13 rows, divided unevenly."""
     ranks = this_rank()
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(13, generator=generator)
@@ -244,7 +244,7 @@ def evaluated() -> Metrics:
     return metrics
 
 
-def test_metrics_are_of_all_real_rows_however_they_are_divided(
+def test_metrics_cover_all_real_rows_however_they_are_divided(
     ranks_1: ProcessGroup, ranks_2: ProcessGroup
 ) -> None:
     (alone,) = ranks_1.run(evaluated)
@@ -256,14 +256,14 @@ def test_metrics_are_of_all_real_rows_however_they_are_divided(
 
 
 def one_empty_rank() -> Metrics:
-    """The second rank has nothing but padding."""
+    """Metrics if the second rank has only padding."""
     ranks = this_rank()
     logits, labels = torch.tensor([0.5, -1.0]), torch.tensor([1.0, 0.0])
     batches = [(batch, real if ranks.rank == 0 else 0) for batch, real in padded(logits, labels, 2)]
     return evaluate(Scores(), batches, ranks)
 
 
-def test_a_rank_with_nothing_but_padding_adds_nothing(ranks_2: ProcessGroup) -> None:
+def test_a_rank_with_only_padding_adds_nothing(ranks_2: ProcessGroup) -> None:
     assert [metrics.auc for metrics in ranks_2.run(one_empty_rank)] == [1.0, 1.0]
 
 
@@ -272,7 +272,7 @@ def gathered() -> Tensor:
     return _gather(torch.arange(40_000 + 10_000 * rank.rank).float() + rank.rank, rank)
 
 
-def test_every_prediction_is_gathered_once_and_in_order_whatever_each_rank_has(
+def test_predictions_are_gathered_once_and_in_order_from_uneven_ranks(
     ranks_2: ProcessGroup,
 ) -> None:
     expected = torch.cat([torch.arange(40_000).float(), torch.arange(50_000).float() + 1])

@@ -20,7 +20,7 @@ ROWS = 1000
 
 
 def write_numbered(directory: Path, **settings: Any) -> str:
-    """The id of a row is its number; labels change with it, and the last values are others."""
+    """A row's id is its number, so the last rows have other ids; labels depend on it, too."""
     numbers = list(range(ROWS))
     table = pa.table({"label": [n % 3 == 0 for n in numbers], "row": numbers})
     pq.write_table(table, directory / "rows.parquet", row_group_size=130)
@@ -42,7 +42,7 @@ def numbers(batches: Any) -> list[int]:
 
 
 def read(config_path: str, trained_rows: int) -> tuple[list[int], list[int], list[int]]:
-    """What this rank reads in pretraining, for validation, and when it goes on."""
+    """Rows that this rank reads in pretraining, for validation, and in continued training."""
     config, _ = load_config(config_path)
     pipeline = Pipeline(config, this_rank())
     pretraining = pipeline._pretraining(pipeline._build(gated=True))
@@ -56,7 +56,7 @@ def read(config_path: str, trained_rows: int) -> tuple[list[int], list[int], lis
 
 @pytest.mark.parametrize("subset", ["Prefix", "Random", "Stratified", "RecentResampling"])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_row_is_trained_on_in_pretraining_or_later_and_never_twice(
+def test_a_row_is_trained_on_once_in_pretraining_or_later(
     run_ranks: ProcessGroup, tmp_path: Path, subset: str, shuffle: bool
 ) -> None:
     config = write_numbered(
@@ -69,7 +69,7 @@ def test_a_row_is_trained_on_in_pretraining_or_later_and_never_twice(
     world_size = run_ranks.world_size
     assert len(chosen) == 300 // (8 * world_size) * 8 * world_size
     assert len(set(chosen)) == len(chosen)
-    # With nothing trained in pretraining, all of it is left over, and all rows are to come.
+    # Pretraining trained on no row, so all rows are left for continued training.
     assert len(set(continued)) == len(continued)
     assert len(continued) > ROWS - 2 * 8 * world_size
     assert set(chosen) <= set(continued)
@@ -80,7 +80,7 @@ def test_a_row_is_trained_on_in_pretraining_or_later_and_never_twice(
         assert set(chosen) == set(range(len(chosen)))
 
 
-def test_rows_that_a_scorer_did_not_train_on_come_first_later(
+def test_continued_training_starts_with_the_rows_that_a_scorer_left(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     config = write_numbered(tmp_path)

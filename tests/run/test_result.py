@@ -32,7 +32,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 
 def line(report: str, start: str) -> list[str]:
-    """The words of the report's only line that starts so."""
+    """The words of the report's only line that begins with `start`."""
     (found,) = [text for text in report.splitlines() if text.strip().startswith(start)]
     return found.split()
 
@@ -59,7 +59,7 @@ def test_metrics_sizes_and_speed_stand_side_by_side() -> None:
     assert "planted" not in report
 
 
-def test_what_a_run_without_reference_did_not_measure_is_a_dash() -> None:
+def test_a_figure_missing_without_a_reference_is_a_dash() -> None:
     changes = {
         "metrics": {**result()["metrics"], "full": None},
         "step_ms": {"full": None, "gated": 1.25, "pruned": 1.0},

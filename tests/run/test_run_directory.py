@@ -81,7 +81,7 @@ def test_the_result_has_exactly_the_documented_members(result: dict[str, Any]) -
     assert {"torch", "torchrec"} <= set(result["versions"])
 
 
-def test_the_figures_of_a_result_fit_together(result: dict[str, Any]) -> None:
+def test_the_figures_of_a_result_are_consistent(result: dict[str, Any]) -> None:
     planted = result["planted"]
     features = planted["signal"] + planted["redundant"] + planted["noise"]
     assert sorted(result["kept"] + result["dropped"]) == sorted(features)
@@ -113,7 +113,7 @@ def test_table_bytes_are_those_of_the_kept_tables(result: dict[str, Any], tiny_r
     assert result["bytes"]["after"] % row_bytes == 0
 
 
-def test_the_manifest_says_what_the_prune_did(result: dict[str, Any], tiny_run: Path) -> None:
+def test_the_manifest_describes_the_prune(result: dict[str, Any], tiny_run: Path) -> None:
     manifest = read(tiny_run, "manifest.json")
     assert set(manifest) == {
         *("dropped", "dense_columns", "tables", "table_bytes", "parameters", "plans"),
@@ -128,7 +128,7 @@ def test_the_manifest_says_what_the_prune_did(result: dict[str, Any], tiny_run: 
     assert set(sharding) == {"sharding_type", "compute_kernel", "ranks"}
     assert manifest["estimates"]["after"]["step_ms"] < manifest["estimates"]["before"]["step_ms"]
     assert manifest["comparison"]["steps_left"] > 0
-    # One rank: nothing travels, and what is copied has row-wise Adagrad's state, too.
+    # On one rank nothing moves, and the copied bytes include row-wise Adagrad's state.
     assert manifest["moved_bytes"] == 0
     assert manifest["copied_bytes"] > manifest["table_bytes"]["after"]
     assert manifest["staging"] == "none"
@@ -152,7 +152,7 @@ def test_the_selection_states_every_feature_and_loads(
     assert all(decision.reason for decision in selection.features.values())
 
 
-def test_the_written_configuration_gives_the_run_again_bit_for_bit(
+def test_the_written_configuration_reproduces_the_run_bit_for_bit(
     tiny_run: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
     out = run(tmp_path, str(tiny_run / "config.yaml"))
@@ -163,7 +163,7 @@ def test_the_written_configuration_gives_the_run_again_bit_for_bit(
         assert (out / name).read_text() == (tiny_run / name).read_text(), name
 
 
-def test_the_reference_leaves_the_run_as_it_is_without_one(
+def test_the_reference_does_not_change_the_run(
     tiny_run: Path, result: dict[str, Any], tmp_path: Path
 ) -> None:
     out = run(tmp_path, str(tiny_run / "config.yaml"), "--reference", "false")
@@ -184,7 +184,7 @@ def test_another_seed_gives_another_run(
     assert other["metrics"]["final"] != result["metrics"]["final"]
 
 
-def test_an_edited_selection_is_replayed_as_it_stands(tiny_run: Path, tmp_path: Path) -> None:
+def test_an_edited_selection_is_replayed_unchanged(tiny_run: Path, tmp_path: Path) -> None:
     content = read(tiny_run, "selection.json")
     content["main_1"] |= {"kept": False, "gate": 0.0, "reason": "by hand"}
     content["noise_0"] |= {"kept": True, "gate": 0.5, "reason": "by hand"}
@@ -201,7 +201,7 @@ def test_an_edited_selection_is_replayed_as_it_stands(tiny_run: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["file", "hidden file", "directory", "is a file"])
-def test_a_directory_that_holds_anything_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_non_empty_directory_or_a_file_is_refused(tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     if kind == "is a file":
         out.touch()
@@ -214,7 +214,7 @@ def test_a_directory_that_holds_anything_is_refused(tmp_path: Path, kind: str) -
         RunDirectory(str(out), writes=True).create()
 
 
-def test_a_new_or_empty_directory_is_made_with_its_parents(tmp_path: Path) -> None:
+def test_a_new_or_empty_directory_is_created_with_its_parents(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b"
     for _ in range(2):
         RunDirectory(str(out), writes=True).create()

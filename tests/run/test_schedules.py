@@ -45,7 +45,7 @@ def config_with(directory: Path, ranks: ProcessGroup, prunes: int, **settings: A
 
 
 class Watched(Pipeline):
-    """Notes the jobs that each phase begins with, and the rows that are read."""
+    """Records the jobs that each phase begins with, and the rows that are read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,7 +87,7 @@ def figures(config_path: str, directory: str) -> tuple[Any, ...]:
     return result, outcome.selection.digest(), pipeline.gated, pipeline.spans, parities
 
 
-def test_a_run_prunes_in_several_steps_down_to_what_the_policy_says(
+def test_a_run_prunes_in_several_steps_down_to_the_policys_selection(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     config = config_with(tmp_path, run_ranks, 3)
@@ -112,7 +112,7 @@ def test_a_run_prunes_in_several_steps_down_to_what_the_policy_says(
         assert all(after.features[name] == before.features[name] for name in before.dropped)
     assert (result["kept"], result["dropped"]) == (decided[2].kept, decided[2].dropped)
     assert {"main_0", "main_1"} <= set(result["kept"])
-    # Relative to the largest logit it is within 1e-6, or the prune had been refused.
+    # Relative to the largest logit it is within 1e-6; otherwise the prune would be refused.
     assert all(0 <= parity <= 1e-5 for parity in parities)
     assert result["parity_max_abs"] == max(parities)
     manifests = [read(out / f"manifest{part}.json") for part in ("-1", "-2", "")]
@@ -128,7 +128,7 @@ def test_a_run_prunes_in_several_steps_down_to_what_the_policy_says(
         "before": manifests[0]["table_bytes"]["before"],
         "after": manifests[2]["table_bytes"]["after"],
     }
-    # A third of the 156 batches of 32 for each, the others are trained on later.
+    # A third of the 156 batches of 32 for each prune; the other rows are trained on later.
     rows = 32 // run_ranks.world_size * 52
     assert spans[:3] == [(0, rows), (rows, 2 * rows), (2 * rows, 3 * rows)]
     assert spans[3][0] == 3 * rows
@@ -141,7 +141,7 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def test_one_gradual_prune_is_one_shot(ranks_1: ProcessGroup, tmp_path: Path) -> None:
+def test_a_single_gradual_prune_equals_one_shot(ranks_1: ProcessGroup, tmp_path: Path) -> None:
     outcomes = []
     for schedule in (
         {"class_path": "OneShot"},
@@ -155,7 +155,7 @@ def test_one_gradual_prune_is_one_shot(ranks_1: ProcessGroup, tmp_path: Path) ->
 
 
 class Noting(HardConcreteScorer):
-    """Notes the target of each prune, and the share of all costs that is left before it."""
+    """Records the target of each prune, and the share of all costs left before it."""
 
     def __init__(self, scorer: HardConcreteScorer) -> None:
         super().__init__(scorer.penalty, scorer.learning_rate, scorer.open_fraction)
@@ -174,7 +174,7 @@ class Noting(HardConcreteScorer):
 
 
 def targets(config_path: str) -> tuple[list[float], list[float], list[int]]:
-    """Of each prune: the target, the share that is left before it, and the features behind it."""
+    """Of each prune: target, share of all costs left before it, and number of features after it."""
     config, _ = load_config(config_path)
     assert isinstance(config.scorer, HardConcreteScorer)
     scorer = Noting(config.scorer)
@@ -197,7 +197,7 @@ def test_the_target_of_each_prune_is_a_share_of_all_features(
         assert kept == [6, 4]
 
 
-def test_a_target_in_bytes_is_of_the_first_models_bytes(
+def test_a_target_in_bytes_is_a_share_of_the_first_models_bytes(
     ranks_2: ProcessGroup, tmp_path: Path
 ) -> None:
     budget = {"class_path": "TopBudget", "init_args": {"keep": 0.5, "unit": "bytes"}}
@@ -215,7 +215,7 @@ def prunes_twice_and_learns(config_path: str) -> bool:
     return len(outcome.state.manifests) == 2 and outcome.metrics["final"].auc > 0.8
 
 
-def test_tables_that_the_dense_optimizer_trains_are_pruned_in_several_steps(
+def test_dense_optimizer_tables_are_pruned_in_several_steps(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     settings = {
@@ -227,7 +227,7 @@ def test_tables_that_the_dense_optimizer_trains_are_pruned_in_several_steps(
     assert all(run_ranks.run(prunes_twice_and_learns, path))
 
 
-def test_training_may_go_on_from_new_weights_after_the_last_prune(
+def test_training_may_continue_from_new_weights_after_the_last_prune(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
     path = config_with(tmp_path, ranks_1, 2, continuation={"start": "reinitialized"})

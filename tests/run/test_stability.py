@@ -27,7 +27,7 @@ LABELS = torch.tensor([1.0, 0.0, 0.0, 0.0])
 
 
 def tables(values: st.SearchStrategy[float]) -> st.SearchStrategy[list[list[float]]]:
-    """2 to 5 runs of as many rows each."""
+    """2 to 5 runs with the same number of rows."""
     return st.integers(1, 6).flatmap(
         lambda rows: st.lists(
             st.lists(values, min_size=rows, max_size=rows), min_size=2, max_size=5
@@ -66,7 +66,7 @@ def test_consistency_is_the_share_of_equal_decisions_over_all_pairs_of_runs(
 
 
 @given(tables(st.floats(0, 1)))
-def test_deviation_is_that_of_each_rows_predictions_on_average(rows: list[list[float]]) -> None:
+def test_deviation_is_the_mean_deviation_of_each_rows_predictions(rows: list[list[float]]) -> None:
     by_row = [statistics.stdev(column) for column in zip(*rows, strict=True)]
     probabilities = torch.tensor(rows, dtype=torch.float64)
     assert prediction_deviation(probabilities) == pytest.approx(statistics.mean(by_row), abs=1e-9)
@@ -83,7 +83,7 @@ def logit(*probabilities: float) -> list[float]:
     return values.tolist()
 
 
-def test_decisions_are_at_the_base_rate_and_selections_are_compared_by_feature() -> None:
+def test_decisions_use_the_base_rate_and_selections_are_compared_by_feature() -> None:
     # The base rate is 0.25: the second row's decisions differ in the full models alone.
     runs = [
         seed_run(0, "abc", logit(0.9, 0.2, 0.1, 0.1), logit(0.9, 0.2, 0.1, 0.1)),
@@ -111,7 +111,7 @@ def test_decisions_are_at_the_base_rate_and_selections_are_compared_by_feature()
     assert "not      c, d" in report
 
 
-def test_a_test_split_of_one_class_has_no_auc_but_agreement() -> None:
+def test_a_test_split_of_one_class_has_agreement_but_no_auc() -> None:
     labels = torch.zeros(2, dtype=torch.float64)
     logits = torch.tensor([0.5, -0.5])
     metrics = dict.fromkeys(("full", "pruned", "final"), metrics_of(logits.double(), labels))

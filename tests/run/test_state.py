@@ -22,7 +22,7 @@ def finished(config_path: str) -> RunState:
     return pipeline.state
 
 
-def test_the_state_of_a_finished_run_survives_json_and_says_what_the_run_measured(
+def test_the_state_of_a_finished_run_survives_json_and_holds_its_measurements(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     half = {"keep": 0.5, "unit": "bytes"}

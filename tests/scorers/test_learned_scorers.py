@@ -21,7 +21,7 @@ from torchrec_fmp.scorers.optfs import OptFsScorer
 from torchrec_fmp.scorers.scorer import Scorer
 from torchrec_fmp.scorers.shuffle_gate import ShuffleGateScorer
 
-# At learning rates that suit the few steps of a test; AdaFS soft, as its hard cut takes longer.
+# Learning rates suit the few steps of a test; AdaFS is soft because its hard cut takes longer.
 SCORERS: list[Scorer] = [
     AutoFieldScorer(learning_rate=2e-2, every=1),
     AdaFsScorer(keep=1.0, learning_rate=5e-3),
@@ -37,7 +37,7 @@ def name(scorer: Scorer) -> str:
 
 
 def score(config_path: str, scorer: Scorer) -> tuple[Mapping[str, float], dict[str, Any]]:
-    """The scores, and what the scorer left behind."""
+    """The scores, and the state that the scorer left behind."""
     pretraining = make_pretraining(config_path)
     model = pretraining.job.model
     state = torch.get_rng_state()
@@ -51,7 +51,7 @@ def score(config_path: str, scorer: Scorer) -> tuple[Mapping[str, float], dict[s
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=name)
-def test_a_learned_mask_ranks_the_signal_above_the_noise_alike_on_all_ranks_and_goes(
+def test_a_learned_mask_ranks_signal_above_noise_on_all_ranks_and_is_removed(
     run_ranks: ProcessGroup, tmp_path: Path, scorer: Scorer
 ) -> None:
     path = write_config(tmp_path, tiny(pretrain__batch_size=32 // run_ranks.world_size))
@@ -69,9 +69,7 @@ def score_sequences(scorer: Scorer) -> Mapping[str, float]:
 
 
 @pytest.mark.parametrize("scorer", SCORERS, ids=name)
-def test_features_of_sequences_get_scores_of_their_own(
-    ranks_2: ProcessGroup, scorer: Scorer
-) -> None:
+def test_sequence_features_get_distinct_scores(ranks_2: ProcessGroup, scorer: Scorer) -> None:
     first, second = ranks_2.run(score_sequences, scorer)
     assert first == second
     assert sorted(first) == ["r", "s", "u", "v"]
@@ -80,5 +78,5 @@ def test_features_of_sequences_get_scores_of_their_own(
 
 @pytest.mark.parametrize("scorer", [type(scorer) for scorer in SCORERS])
 def test_a_learning_rate_that_is_not_positive_is_refused(scorer: type[Any]) -> None:
-    with pytest.raises(ValueError, match="learning_rate is 0, it must be positive"):
+    with pytest.raises(ValueError, match="learning_rate is 0; it must be positive"):
         scorer(learning_rate=0)

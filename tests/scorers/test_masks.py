@@ -30,7 +30,7 @@ def test_a_closed_gate_of_lpfs_can_open_again() -> None:
     assert x.grad is not None and x.grad.item() == pytest.approx(1.0)
 
 
-def test_concrete_dropout_drops_with_the_probability_that_it_has_learned() -> None:
+def test_concrete_dropout_drops_with_its_learned_probability() -> None:
     logits = torch.tensor([-1.0, 0.0, 3.0])
     uniform = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0))
     dropped = concrete(logits, uniform)
@@ -49,9 +49,9 @@ def test_hard_weights_keep_the_largest_of_each_example_and_sum_to_one() -> None:
         assert row == pytest.approx(wanted, abs=1e-6)
 
 
-def test_a_feature_is_shuffled_as_a_whole_in_an_order_of_its_own() -> None:
+def test_each_feature_is_shuffled_as_a_whole_in_its_own_order() -> None:
     rows = torch.arange(50.0)
-    # Two columns of the first feature, one of the second, all telling the row.
+    # Two columns of the first feature, one of the second; each value identifies its row.
     values = torch.stack([rows, -rows, rows], dim=1).requires_grad_()
     block = Block("ebc", ("a", "b"), (2, 1), values)
     mixed = shuffled(block, torch.Generator().manual_seed(0)).values

@@ -27,7 +27,7 @@ def bags(batch: Batch) -> dict[str, list[list[int]]]:
     }
 
 
-def test_the_bags_of_one_sparse_feature_change_places() -> None:
+def test_shuffling_a_sparse_feature_permutes_only_its_bags() -> None:
     before = bags(BATCH)
     assert before["b"] == [[], [10, 11, 12], [20]]
     after = shuffled(BATCH, "b", ("x", "y"), ORDER)
@@ -37,7 +37,7 @@ def test_the_bags_of_one_sparse_feature_change_places() -> None:
     assert bags(BATCH) == before
 
 
-def test_the_values_of_one_dense_column_change_places() -> None:
+def test_shuffling_a_dense_column_permutes_only_its_values() -> None:
     after = shuffled(BATCH, "y", ("x", "y"), ORDER)
     assert after.dense_features.tolist() == [[0, 5], [2, 1], [4, 3]]
     assert bags(after) == bags(BATCH)

@@ -1,4 +1,4 @@
-"""A probe shows a scorer what the model reads, and gives the model what the scorer returns."""
+"""A probe passes the model's inputs to a scorer, and the scorer's values to the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def check_gates_of_sequences() -> list[tuple[str, ...]]:
     return check_gates(sequence_pretraining())
 
 
-def test_scaling_pooled_embeddings_and_dense_columns_equals_gates_of_those_values(
+def test_scaling_pooled_embeddings_and_dense_columns_equals_gating_them(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, tiny(data__init_args__multi_valued=1))
@@ -64,7 +64,7 @@ def test_scaling_pooled_embeddings_and_dense_columns_equals_gates_of_those_value
         assert blocks == [dense, sparse] * 2
 
 
-def test_scaling_sequences_equals_gates_of_those_values(run_ranks: ProcessGroup) -> None:
+def test_scaling_sequences_equals_gating_them(run_ranks: ProcessGroup) -> None:
     for blocks in run_ranks.run(check_gates_of_sequences):
         assert sorted(blocks) == sorted([("r",), ("s",), ("s",), ("u",), ("s", "v")] * 2)
 
@@ -88,7 +88,7 @@ def check_observed(config_path: str) -> None:
     pretraining.train(3)
 
 
-def test_observing_gradients_leaves_the_tables_at_rest(
+def test_observing_gradients_does_not_train_the_tables(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     run_ranks.run(check_observed, write_config(tmp_path, tiny()))

@@ -1,4 +1,4 @@
-"""The gradient scorers' formulas, computed again by hand on the parts of a DLRM."""
+"""The gradient scorers' formulas, recomputed by hand on the parts of a DLRM."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torchrec_fmp.scorers.taylor import TaylorScorer
 
 
 class Example(NamedTuple):
-    """What the model reads of one example, and the gradient of the example's loss."""
+    """The model's inputs for one example, and the gradient of the example's loss."""
 
     values: dict[str, Tensor]
     gradients: dict[str, Tensor]
 
 
 def examples_by_hand(config_path: str) -> list[Example]:
-    """Of the first validation batch, after pretraining."""
+    """Examples of the first validation batch, after pretraining."""
     pretraining = make_pretraining(config_path)
     pretraining.train()
     (batch,) = pretraining.validation_batches(pretraining.batch_size)

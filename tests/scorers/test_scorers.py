@@ -30,7 +30,7 @@ OF_MODEL: list[Scorer] = [SfsScorer(10), TaylorScorer(10), PermutationScorer(10)
 OF_ROWS: list[Scorer] = [
     MutualInformationScorer(),
     GradientBoostedTreesScorer(n_estimators=20),
-    # Of unbounded trees, a dense column of noise has almost the importance of a signal.
+    # In unbounded trees, a dense noise column is almost as important as a signal.
     RandomForestScorer(max_depth=4),
     LassoScorer(),
 ]
@@ -42,7 +42,7 @@ def name(scorer: Scorer) -> str:
 
 
 def score(config_path: str, scorer: Scorer) -> tuple[Mapping[str, float], dict[str, Any]]:
-    """The scores, and what the scorer left behind."""
+    """The scores, and the state that the scorer left behind."""
     pretraining = make_pretraining(config_path)
     model = pretraining.job.model
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1]
@@ -60,7 +60,7 @@ def score(config_path: str, scorer: Scorer) -> tuple[Mapping[str, float], dict[s
 
 
 def train(config_path: str) -> torch.Tensor:
-    """Logits of the model that no scorer has seen, after pretraining."""
+    """Logits of a model after pretraining without a scorer."""
     pretraining = make_pretraining(config_path)
     pretraining.train()
     return logits_of(pretraining, next(pretraining.batches(1)))
@@ -68,7 +68,7 @@ def train(config_path: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[int, list[torch.Tensor]]:
-    """Number of ranks -> what `train` gives on each, once for all scorers."""
+    """Number of ranks -> results of `train` on each rank, computed once for all scorers."""
     return {}
 
 
@@ -77,7 +77,7 @@ def assert_ranked(scores: Mapping[str, float]) -> None:
 
 
 @pytest.mark.parametrize("scorer", OF_MODEL + OF_ROWS + FLOORS, ids=name)
-def test_a_scorer_that_learns_no_gates_finds_the_signal_and_leaves_the_model_as_trained(
+def test_a_scorer_without_gates_finds_the_signal_and_keeps_the_trained_model(
     run_ranks: ProcessGroup, tmp_path: Path, scorer: Scorer, trained: dict[int, list[torch.Tensor]]
 ) -> None:
     path = write_config(tmp_path, tiny(pretrain__batch_size=32 // run_ranks.world_size))
@@ -99,7 +99,7 @@ def score_sequences(scorer: Scorer) -> Mapping[str, float]:
     return scores
 
 
-def test_the_random_order_is_of_the_seed(ranks_1: ProcessGroup, tmp_path: Path) -> None:
+def test_the_random_order_is_determined_by_the_seed(ranks_1: ProcessGroup, tmp_path: Path) -> None:
     (first, _), (again, _), (other, _) = (
         ranks_1.run(score, write_config(tmp_path, tiny(seed=seed)), RandomScorer())[0]
         for seed in (3, 3, 4)
@@ -124,7 +124,7 @@ def test_features_of_sequences_are_scored(run_ranks: ProcessGroup, scorer: Score
 
 
 def sample_and_rows(config_path: str, rows: int) -> tuple[Sample | None, list[np.ndarray]]:
-    """What rank 0 gathers, and this rank's first 4 batches: labels, dense values, ids."""
+    """Sample that rank 0 gathers, and this rank's first 4 batches: labels, dense values, ids."""
     pretraining = make_pretraining(config_path)
     batches = list(pretraining.batches(4))
     labels = np.concatenate([batch.labels.numpy() for batch in batches])
@@ -134,7 +134,7 @@ def sample_and_rows(config_path: str, rows: int) -> tuple[Sample | None, list[np
     return gathered(pretraining, rows), [labels, dense, ids]
 
 
-def test_rank_0_gathers_the_rows_of_all_ranks_up_to_a_number(
+def test_rank_0_gathers_the_rows_of_all_ranks_up_to_a_limit(
     ranks_2: ProcessGroup, tmp_path: Path
 ) -> None:
     # 4 batches of 16 on each of 2 ranks.
@@ -155,8 +155,8 @@ def test_rows_of_one_class_are_an_error_on_all_ranks(ranks_2: ProcessGroup) -> N
 
 
 @pytest.mark.parametrize("scorer", [SfsScorer, TaylorScorer, PermutationScorer])
-def test_a_scorer_of_no_batches_is_refused(scorer: type[Any]) -> None:
-    with pytest.raises(ValueError, match="batches is 0, it must be at least 1"):
+def test_a_scorer_with_zero_batches_is_refused(scorer: type[Any]) -> None:
+    with pytest.raises(ValueError, match="batches is 0; it must be at least 1"):
         scorer(0)
 
 

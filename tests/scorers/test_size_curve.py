@@ -1,4 +1,4 @@
-"""The validation losses that a size is chosen by are those of the model without the features."""
+"""The size curve: validation losses of the model without the features that a size drops."""
 
 from __future__ import annotations
 

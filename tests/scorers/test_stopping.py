@@ -57,7 +57,7 @@ class Recorded(WatchedGates):
 
 
 def halves(config_path: str) -> tuple[list[Tensor], list[Tensor]]:
-    """`log_alpha` of both halves after some steps, and by hand."""
+    """`log_alpha` of both halves after some steps, and its values computed by hand."""
     pretraining = make_pretraining(config_path)
     gates = pretraining.gates
     start = [module.log_alpha.detach().clone() for module in gates]
@@ -79,7 +79,7 @@ def halves(config_path: str) -> tuple[list[Tensor], list[Tensor]]:
     return [each.detach() for half in watched._halves for each in half.log_alphas], by_hand
 
 
-def test_each_half_learns_from_its_own_steps_alone_at_twice_the_rate(
+def test_each_half_learns_only_from_its_own_steps_at_twice_the_rate(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     of_ranks = run_ranks.run(halves, write_config(tmp_path, tiny()))
@@ -99,7 +99,7 @@ def run(config_path: str) -> tuple[Selection, dict[str, int]]:
     return outcome.selection, {name: it.samples for name, it in outcome.progress.items()}
 
 
-def test_a_clear_decision_ends_pretraining_early_and_the_rows_left_are_trained_on(
+def test_a_stable_decision_ends_pretraining_early_and_the_other_rows_are_trained_on(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     of_ranks = run_ranks.run(run, write_config(tmp_path, stopping(checks=40, patience=3)))
@@ -107,15 +107,15 @@ def test_a_clear_decision_ends_pretraining_early_and_the_rows_left_are_trained_o
     assert all(other == (selection, samples) for other in of_ranks)
     assert selection.dropped == NOISE
     assert all(decision.confidence == 1 for decision in selection.features.values())
-    # Half of the 10,000 rows are for pretraining, of which gates are open or ramped up in 0.4.
+    # Pretraining has half of the 10,000 rows; gates are open or ramped up in 0.4 of them.
     assert 0.4 * 5000 < samples["pretrain"] < 4900
-    # What does not fill a batch of 100 of every rank, of either part of the rows, is left out.
+    # In each part of the rows, a rest that does not fill a batch of 100 per rank is left out.
     left_out = 10_000 - samples["pretrain"] - samples["continue"]
     assert 0 <= left_out < 2 * 100 * len(of_ranks) + 32 * len(of_ranks)
     assert Selection.from_json(selection.to_json()) == selection
 
 
-def test_each_of_several_prunes_may_end_early_by_a_budget(
+def test_each_of_several_prunes_with_a_budget_may_end_early(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     budget = {"class_path": "TopBudget", "init_args": {"keep": 0.5, "unit": "hbm"}}
@@ -130,7 +130,7 @@ def test_each_of_several_prunes_may_end_early_by_a_budget(
 
 
 def ends_as_soon_as_all_agree(config_path: str) -> None:
-    """Over the answers of each check about one feature, `a` to keep it and `b` to drop it."""
+    """Tries sequences of answers about one feature: `a` keeps it and `b` drops it."""
     pretraining = make_pretraining(config_path)
     optimizer = gate_optimizer(pretraining.job.model, 0.1)
     schedule = GateSchedule(pretraining.gates, optimizer, L0Penalty(), pretraining.steps, 0, 0)
@@ -159,14 +159,14 @@ def ends_as_soon_as_all_agree(config_path: str) -> None:
     check()
 
 
-def test_a_decision_is_stable_once_all_opinions_of_enough_checks_agree(
+def test_a_decision_is_stable_once_all_answers_of_enough_checks_agree(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
     ranks_1.run(ends_as_soon_as_all_agree, write_config(tmp_path, tiny()))
 
 
 def undecided(config_path: str) -> tuple[FeatureScores, int, int, Sequence[str]]:
-    """Scores of a policy that changes its mind about one feature at every second question."""
+    """Scores for a policy whose decision about one feature alternates with every call."""
     pretraining = make_pretraining(config_path)
     asked = 0
 
@@ -206,7 +206,7 @@ def test_without_a_stable_decision_all_rows_are_used_and_the_undecided_feature_i
 
 
 def rank_by_rank(config_path: str) -> int:
-    """Rows that are trained on where the last rank alone decides otherwise at every question."""
+    """Number of trained rows if the decision alternates with every call on the last rank alone."""
     pretraining = make_pretraining(config_path)
     ranks, asked = this_rank(), 0
 
@@ -226,10 +226,10 @@ def test_no_rank_ends_before_the_others(ranks_2: ProcessGroup, tmp_path: Path) -
     assert trained == [78 * 32] * 2
 
 
-def test_that_no_gate_has_closed_yet_is_no_stable_decision(
+def test_a_decision_is_not_stable_before_any_gate_has_closed(
     ranks_1: ProcessGroup, tmp_path: Path
 ) -> None:
-    # From here, at this rate, all are open in the first checks, and some on their way to close.
+    # With this start and rate, all gates are open in the first checks, and some are closing.
     config = tiny(
         gates__initial_log_alpha=1.5,
         scorer__init_args__learning_rate=0.04,
@@ -241,7 +241,7 @@ def test_that_no_gate_has_closed_yet_is_no_stable_decision(
 
 
 class Counted(Pipeline):
-    """Notes the numbers of the rows that it trains on."""
+    """Records the numbers of the rows that it trains on."""
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -270,7 +270,7 @@ def counted(config_path: str) -> dict[str, list[int]]:
     return pipeline.rows
 
 
-def test_each_row_is_trained_on_once_before_the_end_of_pretraining_or_after(
+def test_each_row_is_trained_on_once_in_pretraining_or_afterwards(
     run_ranks: ProcessGroup, tmp_path: Path
 ) -> None:
     # The only feature stays, whatever its gate: it is decided from the first check on.
@@ -284,18 +284,18 @@ def test_each_row_is_trained_on_once_before_the_end_of_pretraining_or_after(
         assert len(rows["pretrain"]) == 8 * ended < 8 * steps
     trained = [row for rows in of_ranks for part in rows.values() for row in part]
     assert len(trained) == len(set(trained))
-    # What is left out does not fill a batch, of what pretraining has left or of the other rows.
+    # The rows left out do not fill a batch, of pretraining's rest or of the other rows.
     assert len(trained) > ROWS - 2 * 8 * world_size
 
 
 @pytest.mark.parametrize(("checks", "patience"), [(5, 6), (5, 0)])
-def test_checks_that_could_never_agree_are_refused(checks: int, patience: int) -> None:
+def test_invalid_patience_is_refused(checks: int, patience: int) -> None:
     with pytest.raises(ValueError, match="patience"):
         StableDecision(checks, patience)
 
 
 @pytest.mark.parametrize("stop", [{}, {"patience": 3}])
-def test_the_composed_configuration_gives_the_same_rule(
+def test_the_composed_configuration_gives_the_same_stopping_rule(
     tmp_path: Path, stop: dict[str, int]
 ) -> None:
     config, composed = load_config(write_config(tmp_path, stopping(**stop)))
@@ -306,7 +306,7 @@ def test_the_composed_configuration_gives_the_same_rule(
         assert scorer.stop == StableDecision(**stop)
 
 
-def test_a_policy_that_decides_when_pretraining_has_ended_cannot_end_it(tmp_path: Path) -> None:
+def test_a_policy_that_decides_after_pretraining_cannot_end_it(tmp_path: Path) -> None:
     config = stopping(checks=10) | {"policy": {"class_path": "BestSize"}}
     with pytest.raises(ConfigError, match=r"BestSize decides by validation losses"):
         load_config(write_config(tmp_path, config))

@@ -1,4 +1,4 @@
-"""A bag stands in a table of columns as one of its ids."""
+"""In a table of columns, one of its ids represents a bag."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrec_fmp.scorers.tabular import EMPTY, drawn_ids
 
 
 def batch_of(bags: list[list[list[int]]]) -> Batch:
-    """Of bags by feature and example."""
+    """A batch of bags, given by feature and example."""
     flat = [bag for feature in bags for bag in feature]
     ids = KeyedJaggedTensor(
         keys=[f"f{f}" for f in range(len(bags))],
@@ -30,7 +30,7 @@ features = st.integers(1, 5).flatmap(
 
 
 @given(features, st.integers(0, 1000))
-def test_the_id_drawn_is_one_of_the_bag_or_says_that_it_is_empty(
+def test_the_drawn_id_is_in_the_bag_or_marks_it_as_empty(
     bags: list[list[list[int]]], seed: int
 ) -> None:
     drawn = drawn_ids(batch_of(bags), torch.Generator().manual_seed(seed))
@@ -40,7 +40,7 @@ def test_the_id_drawn_is_one_of_the_bag_or_says_that_it_is_empty(
             assert int(drawn[b, f]) in (ids or [EMPTY])
 
 
-def test_every_id_of_a_bag_is_drawn_as_often() -> None:
+def test_ids_of_a_bag_are_drawn_equally_often() -> None:
     drawn = drawn_ids(batch_of([[[3, 5, 9]] * 3000]), torch.Generator().manual_seed(0))
     ids, counts = drawn.unique(return_counts=True)
     assert ids.tolist() == [3, 5, 9]

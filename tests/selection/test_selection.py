@@ -33,7 +33,7 @@ def test_views_keep_the_models_order() -> None:
 
 
 @given(selections)
-def test_json_gives_the_same_selection_in_the_same_order(selection: Selection) -> None:
+def test_json_round_trip_preserves_the_selection_and_its_order(selection: Selection) -> None:
     again = Selection.from_json(selection.to_json())
     assert again == selection
     assert list(again.features) == list(selection.features)
@@ -41,7 +41,9 @@ def test_json_gives_the_same_selection_in_the_same_order(selection: Selection) -
 
 
 @given(selections, selections)
-def test_digests_differ_where_selections_do(first: Selection, second: Selection) -> None:
+def test_digests_differ_if_and_only_if_selections_differ(
+    first: Selection, second: Selection
+) -> None:
     assert (first.digest() == second.digest()) == (first.to_json() == second.to_json())
 
 
@@ -99,14 +101,16 @@ def test_a_bad_decision_names_file_feature_and_value(
         ('{"a": {"score": 1.0}}', "edited.json, feature 'a': .*'gate', 'kept', and 'reason'"),
     ],
 )
-def test_what_is_no_selection_names_the_file(tmp_path: Path, text: str, message: str) -> None:
+def test_the_error_for_an_invalid_selection_names_the_file(
+    tmp_path: Path, text: str, message: str
+) -> None:
     path = tmp_path / "edited.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         Selection.load(str(path))
 
 
-def test_a_feature_decided_on_twice_is_refused() -> None:
+def test_a_feature_with_two_decisions_is_refused() -> None:
     members = [f'"a": {json.dumps(asdict(decision))}' for decision in (KEPT, DROPPED)]
     with pytest.raises(ValueError, match="selection cannot be read: 'a' is given twice"):
         Selection.from_json(f"{{{', '.join(members)}}}")

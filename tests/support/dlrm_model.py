@@ -1,4 +1,4 @@
-"""A small DLRM to prune: its tables, plans and batches, and what a rank holds of it.
+"""A small DLRM to prune: its tables, plans and batches, and a rank's pieces of it.
 
 Functions that need a process group run on the ranks; `assemble` puts together what they return.
 """
@@ -41,7 +41,7 @@ from torchrec_fmp.selection.selection import FeatureDecision, Selection
 DIM = 16
 BATCH_SIZE = 8
 DENSE = ("x", "y", "z")
-# Table -> its rows and features: rows that do not divide, fewer rows than ranks, and a shared one.
+# Table -> its rows and features: uneven rows, fewer rows than ranks, and a shared table.
 TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "t_seven": (7, ("a",)),
     "t_one": (1, ("b",)),
@@ -63,22 +63,22 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how its tables are first placed.
+    """A model and the first placement of its tables.
 
     Args:
-        sharding: of every table, or one of `MIXTURES`.
+        sharding: sharding type of every table, or one of `MIXTURES`.
         gated: whether features have gates.
         dense_gates: whether dense columns have gates too.
-        root: DLRM itself instead of DLRMTrain.
-        optimizer: fused.
-        in_backward: an optimizer class set by `apply_optimizer_in_backward` instead.
-        rows: replaces the number of rows of every table.
+        root: whether the root module is DLRM itself instead of DLRMTrain.
+        optimizer: fused optimizer.
+        in_backward: optimizer class set by `apply_optimizer_in_backward` instead.
+        rows: number of rows of every table, instead of the default ones.
         model_type: DLRM or a subclass.
-        features: sparse ones that the model is built with.
+        features: sparse features that the model is built with.
         dense: dense columns that the model is built with.
-        device: that the tables are built on: `meta`, where they are not to be built twice.
-        data_type: of the tables.
-        kernel: that the tables run on, unless they are data-parallel.
+        device: device that the tables are built on; `meta` avoids building them twice.
+        data_type: data type of the tables.
+        kernel: compute kernel of the tables, unless they are data-parallel.
     """
 
     sharding: str = "mixed"
@@ -98,12 +98,12 @@ class Case:
 
 @dataclass(frozen=True)
 class FixedPlanner:
-    """A planner that does what it is told.
+    """A planner with a fixed plan.
 
     Args:
-        sharding: of every table, or one of `MIXTURES`.
-        first_rank: of the first table-wise table; the others follow.
-        kernel: of every table that is not data-parallel.
+        sharding: sharding type of every table, or one of `MIXTURES`.
+        first_rank: rank of the first table-wise table; the others follow.
+        kernel: compute kernel of every table that is not data-parallel.
     """
 
     sharding: str = "mixed"
@@ -171,7 +171,7 @@ def build(case: Case) -> nn.Module:
 
 
 def shard(case: Case, model: nn.Module | None = None) -> DistributedModelParallel:
-    """The model of the case, sharded as the case says."""
+    """The model of the case, sharded with the plan of the case."""
     model = build(case) if model is None else model
     fused = {"optimizer": case.optimizer, "learning_rate": 0.1}
     all_sharders = sharders(None if case.in_backward else fused)
@@ -182,7 +182,7 @@ def shard(case: Case, model: nn.Module | None = None) -> DistributedModelParalle
 
 
 def batch(step: int, dense: Sequence[str] = DENSE, rows: int = BATCH_SIZE) -> Batch:
-    """This rank's batch of a step, with these of the dense columns."""
+    """This rank's batch of a step, with these dense columns."""
     generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
     lengths = torch.randint(0, 4, (len(FEATURES), rows), generator=generator)
     values = []
@@ -251,7 +251,7 @@ def train(
 
 
 def adam(dmp: DistributedModelParallel) -> Optimizer:
-    """Of the dense parameters and the gates."""
+    """Adam of the dense parameters and the gates."""
     return torch.optim.Adam(dense_parameters(dmp).values(), lr=0.02)
 
 
@@ -272,7 +272,7 @@ def set_open(dmp: nn.Module) -> None:
 def logits(
     dmp: DistributedModelParallel, step: int, selection: Selection | None, dense: Sequence[str]
 ) -> Tensor:
-    """What the model computes in evaluation, its gates at the selection's values."""
+    """Logits of the model in evaluation, with its gates at the selection's values."""
     was_training = dmp.training
     dmp.eval()
     for _, gates in feature_gates(dmp):
@@ -307,7 +307,7 @@ Piece = tuple[tuple[int, int, int, int], str, Tensor]
 def pieces(dmp: DistributedModelParallel) -> list[tuple[str, Piece]]:
     """(table, (box, tensor's name, values)) of every weight and state that this rank holds.
 
-    A state with one value a row is repeated for the columns that it belongs to.
+    A state with one value per row is repeated for the columns that it belongs to.
     """
     found: list[tuple[str, Piece]] = []
     for collection in sharded_collections(dmp).values():

@@ -35,7 +35,7 @@ NOTHING = "nothing was raised"
 
 
 class Attempt(NamedTuple):
-    """What `prune` raised, and after how many seconds."""
+    """The error that `prune` raised, and the seconds it took."""
 
     error: str
     seconds: float
@@ -44,7 +44,7 @@ class Attempt(NamedTuple):
 def prune_with(
     dmp: DistributedModelParallel, optimizer: Optimizer, move: MoveConfig
 ) -> tuple[Attempt, Any]:
-    """An attempt to prune, and what it gave if it went well."""
+    """An attempt to prune, and its result if it succeeded."""
     planner = FixedPlanner("table_wise", first_rank=1)
     start = time.monotonic()
     try:

@@ -125,7 +125,7 @@ def run_steps(
 
 
 def batches(case: Case, count: int = STEPS) -> Iterator[Batch]:
-    """Every rank has its own."""
+    """Batches of this rank; every rank has different ones."""
     generator = torch.Generator().manual_seed(1000 + dist.get_rank())
     for _ in range(count):
         lengths = torch.randint(0, 4, (4 * BATCH_SIZE,), generator=generator)

@@ -56,7 +56,7 @@ def placements(
 
 
 def sharding_of(shards: Shards, kind: str = "row_wise") -> ParameterSharding:
-    """What a plan says of these shards."""
+    """A plan's entry for these shards."""
     return ParameterSharding(
         kind,
         "fused",

@@ -38,7 +38,7 @@ class ProcessGroup:
 
     Args:
         world_size: number of ranks.
-        timeout_seconds: how long one call, and one collective in it, may take.
+        timeout_seconds: time limit of one call, and of one collective in it.
     """
 
     def __init__(self, world_size: int, timeout_seconds: float = 120.0) -> None:
@@ -76,7 +76,7 @@ class ProcessGroup:
             self._directory.cleanup()
 
     def _start(self) -> None:
-        # A store in a file needs no port; a file that an earlier group has used would mislead this.
+        # A store in a file needs no port; a file used by an earlier group would mislead this one.
         self._directory = tempfile.TemporaryDirectory(prefix="process_group_")
         store = os.path.join(self._directory.name, "store")
         self._ranks = [
@@ -135,7 +135,7 @@ def _serve(
 ) -> None:
     """Body of a rank: answers calls until the pipe is closed."""
     torch.set_num_threads(1)
-    # What torchrun would set, for code that reads it from there.
+    # Variables that torchrun would set, for code that reads them.
     for name, value in (("RANK", rank), ("WORLD_SIZE", world_size)):
         os.environ[name] = os.environ[f"LOCAL_{name}"] = str(value)
 

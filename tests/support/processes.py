@@ -1,4 +1,4 @@
-"""New processes that need not import torch and torchrec, which takes seconds, each on its own."""
+"""New processes that share one import of torch and torchrec, which takes seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PRELOADED = ["torchrec", "torchrec_fmp.run.pipeline", "torchrec_fmp.pruning.pru
 def forked() -> ForkServerContext:
     """A context whose processes are forked from one that has imported the libraries.
 
-    It runs no thread and never initialises torch.distributed, so what is forked from it is as new.
+    It runs no thread and never initialises torch.distributed, so its forks are like new processes.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)

@@ -1,4 +1,4 @@
-"""What a stretch of training gave, and the comparison of two of them, bit for bit."""
+"""Results of a stretch of training, and their bit-for-bit comparison."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def this_rank() -> Ranks:
 
 
 def make_pretraining(config_path: str) -> Pretraining:
-    """Of a DLRM that is not trained yet, its gates open."""
+    """Pretraining of an untrained DLRM with open gates."""
     config, _ = load_config(config_path)
     ranks = this_rank()
     pipeline = Pipeline(config, ranks)
@@ -44,7 +44,7 @@ class OnBatches(SequenceModel):
 
 
 def sequence_pretraining() -> Pretraining:
-    """Of a model with an EmbeddingCollection and an EmbeddingBagCollection that share a feature."""
+    """Pretraining of a model whose bag collection and sequence collection share a feature."""
     torch.manual_seed(0)
     model = shard(Case(), attach_gates(OnBatches(bags=True)))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -63,7 +63,7 @@ def sequence_pretraining() -> Pretraining:
 
 
 def logits_of(pretraining: Pretraining, batch: Batch) -> Tensor:
-    """In evaluation."""
+    """Logits in evaluation."""
     model = pretraining.job.model
     model.eval()
     with torch.no_grad():
@@ -72,7 +72,7 @@ def logits_of(pretraining: Pretraining, batch: Batch) -> Tensor:
 
 
 def hooks_left(model: nn.Module) -> Sequence[str]:
-    """Names of the modules that have any."""
+    """Names of the modules that have hooks."""
     return [
         name
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Ranks in processes of their own, for what must not happen to the ranks that tests share."""
+"""Ranks in separate processes, for failures that must not hit the ranks that tests share."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def run_separately(
 ) -> dict[int, Any]:
     """Calls `fn(*args)` on the ranks of a new gloo group; one that dies leaves the others alone.
 
-    The ranks meet at a TCP store that rank 0 serves, as those of a launched job do.
+    The ranks meet at a TCP store that rank 0 serves, as in a launched job.
 
     Returns:
-        Rank -> result, of the ranks that did not die.
+        Rank -> result, for the ranks that did not die.
 
     Raises:
         AssertionError: if a rank raises, or does not answer in time.

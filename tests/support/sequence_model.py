@@ -54,8 +54,8 @@ class Case:
     """A model, its plan and its gates.
 
     Args:
-        sharding: of every table, or `mixed`.
-        gates: None for the plain model.
+        sharding: sharding type of every table, or `mixed`.
+        gates: configuration of the gates; None for the plain model.
         bags: whether an `EmbeddingBagCollection` reads some of the features too.
     """
 
@@ -180,7 +180,7 @@ def optimizers(dmp: DistributedModelParallel) -> CombinedOptimizer:
 
 
 def batches(count: int = STEPS) -> Iterator[KeyedJaggedTensor]:
-    """Every rank has its own; 0 to 3 positions an example."""
+    """Batches of this rank, different on every rank; 0 to 3 positions per example."""
     generator = torch.Generator().manual_seed(1000 + dist.get_rank())
     keys = ["v", "u", "s", "r"]
     for _ in range(count):

@@ -20,7 +20,7 @@ from torchrec_fmp.embeddings.local_shards import LocalShard
 from torchrec_fmp.reshard import mover
 from torchrec_fmp.reshard.tables import Tables
 
-# Far more than any message takes: a rank that waits so long waits for ever.
+# Far more than any message takes: a rank that waits this long would wait forever.
 _DEADLOCK_SECONDS = 10.0
 
 
@@ -30,7 +30,7 @@ class Network:
 
     Args:
         received: (origin, rank, bytes) of every message, without checksums.
-        damage: changes a message on its way.
+        damage: function that changes a message on its way.
     """
 
     received: list[tuple[int, int, int]] = field(default_factory=list)

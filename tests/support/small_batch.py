@@ -21,7 +21,7 @@ def collection_of(model: nn.Module) -> EmbeddingBagCollection:
 
 
 def on_cpu(model: nn.Module) -> nn.Module:
-    """With its tables, as `DistributedModelParallel` would make them."""
+    """The model with its tables, as `DistributedModelParallel` would make them."""
     collection = collection_of(model).to_empty(device=CPU)
     for config in collection.embedding_bag_configs():
         assert config.init_fn is not None

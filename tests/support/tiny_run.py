@@ -1,4 +1,4 @@
-"""A run of a few seconds: its configuration, and the call of the command line on it."""
+"""A run of a few seconds: its configuration, and the command-line call that runs it."""
 
 from __future__ import annotations
 

@@ -57,14 +57,14 @@ SEQUENCES: Tables = {"s0": (8, ("r",)), "s1": (8, ("s", "u"))}
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how its tables are placed first, and how they are afterwards.
+    """A model, and the placement of its tables before and after the prune.
 
     Args:
-        over: type of the over arch of `TestSparseNN`; None is the model that has sequences too.
-        before: sharding of every table, or `mixed`.
-        after: the same for the pruned model.
+        over: type of the over arch of `TestSparseNN`; None selects the model with sequences too.
+        before: sharding type of every table, or `mixed`.
+        after: sharding type for the pruned model, or `mixed`.
         weighted: whether `TestSparseNN` has weighted tables.
-        over_options: more arguments of the over arch.
+        over_options: additional arguments of the over arch.
         model_type: `TestSparseNN` or a subclass.
     """
 
@@ -128,7 +128,7 @@ def cut_sparse_nn(model: TestSparseNN, fqn: str, cutter: fmp.Cutter) -> None:
             gates |= left
     if sparse.ebc is None:
         raise ValueError(f"{fqn}.sparse needs an unweighted feature and the selection has none")
-    # What follows the embedded dense input, in order; only weighted features may be none.
+    # The inputs after the embedded dense input, in order; only weighted features may be missing.
     groups = [model._embedding_names, model._weighted_features]
     blocks = [(name, widths[name]) for group in groups for name in group]
     groups = [[name for name in group if name in gates] for group in groups]
@@ -252,7 +252,7 @@ def train(dmp: nn.Module, optimizer: Optimizer, steps: Iterable[int], case: Case
 
 
 def over_output(model: nn.Module, some: ModelInput) -> Tensor:
-    """What the over arch computes, (B, 16): the model's own output is 1 to 2, and so coarse."""
+    """Output of the over arch, (B, 16); the model's own output, between 1 and 2, is too coarse."""
     bare = get_unwrapped_module(model)
     output: Tensor = bare.over(bare.dense(some.float_features), bare.sparse_forward(some))
     return output

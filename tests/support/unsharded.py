@@ -41,7 +41,7 @@ def inputs() -> tuple[Tensor, KeyedJaggedTensor]:
 
 @torch.no_grad()
 def gated_output(model: nn.Module, selection: Selection) -> Tensor:
-    """In evaluation, with the gates at the selection's values, and open where it names none."""
+    """Output in evaluation, with gates at the selection's values and all others open."""
     for _, module in feature_gates(model):
         module.fix(dict.fromkeys(module.features, 1.0) | selection.gates)
     return model.eval()(*inputs())
@@ -60,7 +60,7 @@ def pruned(model: nn.Module, selection: Selection) -> nn.Module:
 
 @torch.no_grad()
 def pruned_output(model: nn.Module, selection: Selection) -> Tensor:
-    """Of the smaller model, for the dense columns that stay."""
+    """Output of the smaller model for the kept dense columns."""
     dense, features = inputs()
     columns = [i for i, name in enumerate(DENSE) if name not in selection.dropped]
     return pruned(model, selection)(dense[:, columns], features)

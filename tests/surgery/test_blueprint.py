@@ -1,4 +1,4 @@
-"""The blueprint of models that are not sharded; tests/distributed has the sharded ones."""
+"""The blueprint of unsharded models; tests/pruning covers sharded ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_blueprint_is_the_model_as_its_author_wrote_it(build: type) -> None:
     assert not any("torchrec_fmp" in type(module).__module__ for module in model.modules())
 
 
-def test_taking_it_changes_nothing() -> None:
+def test_taking_a_blueprint_changes_nothing() -> None:
     model = gated_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     blueprint(model)
@@ -34,9 +34,7 @@ def test_taking_it_changes_nothing() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
-def test_the_blueprint_has_every_tensor_of_the_gated_model_but_the_gates_under_its_own_fqn() -> (
-    None
-):
+def test_the_blueprint_has_every_tensor_except_the_gates_under_its_own_fqn() -> None:
     model = gated_model()
     taken = blueprint(model)
     own = {name for name, _ in own_tensors(model)}
@@ -57,7 +55,7 @@ def test_a_frozen_parameter_stays_frozen_and_a_buffer_keeps_its_values() -> None
 
 
 @pytest.mark.parametrize("build", [plain_model, gated_model])
-def test_what_apply_optimizer_in_backward_has_set_is_kept(build: type) -> None:
+def test_settings_of_apply_optimizer_in_backward_are_kept(build: type) -> None:
     model = build()
     parameter = dict(own_tensors(model))[f"{EBC}.embedding_bags.t_c.weight"]
     apply_optimizer_in_backward(RowWiseAdagrad, [parameter], {"lr": 0.3})

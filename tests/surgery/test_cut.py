@@ -70,7 +70,7 @@ def test_features_the_model_does_not_have_are_refused() -> None:
         cut(blueprint(gated_model()), select(a=0, nobody=0, w=1))
 
 
-def test_a_collection_whose_features_all_go_leaves_no_trace() -> None:
+def test_a_collection_whose_features_are_all_dropped_leaves_no_trace() -> None:
     smaller = cut(blueprint(gated_model()), select(a=0, b=0, c=0, d=0, x=0))
     assert table_bytes(smaller.model) == 0
     assert not any(isinstance(m, EmbeddingBagCollection) for m in smaller.model.modules())
@@ -97,7 +97,7 @@ class SequenceMean(nn.Module):
         return torch.cat([jagged.values() for jagged in self.ec(features).values()])
 
 
-def test_sequence_features_fold_without_a_rule_and_are_not_dropped_without_one() -> None:
+def test_sequence_features_fold_without_a_rule_but_need_one_to_be_dropped() -> None:
     model = nn.ModuleDict({"history": SequenceMean()})
     attach_gates(model)
     taken = blueprint(model)
@@ -110,7 +110,7 @@ def test_sequence_features_fold_without_a_rule_and_are_not_dropped_without_one()
         cut(taken, select(u=0))
 
 
-def test_a_collection_that_is_read_in_two_places_stays_one() -> None:
+def test_a_collection_read_in_two_places_stays_a_single_module() -> None:
     first, second = SequenceMean(), SequenceMean()
     second.ec = first.ec
     model = nn.ModuleDict({"first": first, "second": second})
@@ -121,7 +121,7 @@ def test_a_collection_that_is_read_in_two_places_stays_one() -> None:
     assert table_bytes(smaller) == table_bytes(blueprint(model).model) == 2 * 5 * 4 * 4
 
 
-def test_what_apply_optimizer_in_backward_has_set_is_kept() -> None:
+def test_settings_of_apply_optimizer_in_backward_are_kept() -> None:
     model = plain_model()
     tables = model.get_submodule(EBC).parameters()
     apply_optimizer_in_backward(RowWiseAdagrad, tables, {"lr": 0.3})
@@ -135,7 +135,7 @@ class OtherDLRM(DLRM):
     """A subclass, which may compute something else."""
 
 
-def test_a_rule_is_for_exactly_its_type() -> None:
+def test_a_rule_applies_to_exactly_its_type() -> None:
     model = gated_model()
     model.model.__class__ = OtherDLRM
     taken = blueprint(model)
@@ -156,7 +156,7 @@ def test_a_second_rule_for_a_type_is_refused() -> None:
 
 
 class Tower(nn.Module):
-    """Has dense columns alone, behind a module that is cut without a rule."""
+    """Has only dense columns, read by a module that is cut without a rule."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ def test_the_new_tensor_is_the_scaled_columns_of_the_old_one(data: st.DataObject
         assert torch.equal(state[:, position], old[:, column])
 
 
-def test_a_cut_that_changes_nothing_is_a_copy_of_its_own() -> None:
+def test_a_cut_that_changes_nothing_returns_an_independent_copy() -> None:
     old = torch.rand(2, 3)
     new = TensorCut("w", old.shape).apply(old)
     assert torch.equal(new, old)

@@ -41,7 +41,7 @@ def weight(table: str) -> str:
     return f"ebc.embedding_bags.{table}.weight"
 
 
-def test_a_table_goes_when_all_its_features_go() -> None:
+def test_a_table_is_dropped_with_all_its_features() -> None:
     cutter = Cutter(select(a=0, b=0, c=1))
     smaller, gates = cut_tables(collection(), "ebc", cutter)
     assert [config.name for config in smaller.embedding_bag_configs()] == ["t_c", "t_d"]
@@ -49,7 +49,7 @@ def test_a_table_goes_when_all_its_features_go() -> None:
     assert cutter.tensors.keys() == {weight("t_c"), weight("t_d")}
 
 
-def test_a_shared_table_stays_whole_when_one_of_its_features_goes() -> None:
+def test_a_shared_table_stays_whole_when_one_of_its_features_is_dropped() -> None:
     old = collection()
     before = copy.deepcopy(old.embedding_bag_configs())
     cutter = Cutter(select(a=0))
@@ -86,7 +86,7 @@ def test_gates_fold_into_the_rows_where_the_kept_features_agree(
     assert (None if folded is None else folded.tolist()) == (None if scale is None else [scale])
 
 
-def test_a_collection_without_a_kept_feature_is_gone() -> None:
+def test_a_collection_without_a_kept_feature_is_dropped() -> None:
     cutter = Cutter(select(a=0, b=0, c=0, d=0))
     assert cut_tables(collection(), "ebc", cutter) == (None, {})
     assert cutter.tensors == {}
@@ -114,7 +114,7 @@ def sequences() -> EmbeddingCollection:
     )
 
 
-def test_a_collection_of_sequences_shrinks_and_folds_alike() -> None:
+def test_a_collection_of_sequences_shrinks_and_folds_like_one_of_bags() -> None:
     old = sequences()
     apply_optimizer_in_backward(RowWiseAdagrad, [old.embeddings["t_ab"].weight], {"lr": 0.3})
     cutter = Cutter(select(a=0, b=0.5, c=0))

@@ -38,7 +38,7 @@ def test_the_first_linear_layer_is_found_and_shrinks(module: nn.Module, name: st
     assert cut.scale is not None and cut.scale.tolist() == [1, 0.5]
 
 
-def test_open_gates_ask_for_no_rule() -> None:
+def test_open_gates_need_no_rule() -> None:
     cutter = Cutter(select(x=1, y=1))
     cut_dense(nn.Tanh(), "bottom", FEATURES, cutter)
     assert cutter.tensors == {}

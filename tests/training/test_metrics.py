@@ -42,7 +42,7 @@ def test_metrics_equal_their_definitions_with_ties(pairs: list[tuple[float, int]
     assert (metrics.auc, metrics.logloss, metrics.ne) == pytest.approx(expected, rel=1e-12)
 
 
-def test_predictions_that_are_all_equal_rank_like_chance() -> None:
+def test_equal_predictions_have_the_auc_of_chance() -> None:
     assert metrics_of(tensor([0.3] * 5), tensor([0, 1, 1, 0, 1])).auc == 0.5
 
 
@@ -58,7 +58,7 @@ def test_predicting_the_mean_has_normalized_entropy_one() -> None:
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-def test_a_split_of_one_class_has_a_logloss_and_nothing_else(label: float) -> None:
+def test_a_split_of_one_class_has_only_a_logloss(label: float) -> None:
     metrics = metrics_of(tensor([0.0, 0.0]), tensor([label, label]))
     assert metrics.logloss == pytest.approx(math.log(2))
     assert math.isnan(metrics.auc)

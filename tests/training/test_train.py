@@ -27,7 +27,7 @@ NO_LOG = MetricsLog(None, interval=1)
 
 
 class Recorded(Penalty, PenaltyTerm):
-    """Remembers the strengths, and pulls every log_alpha down by 1."""
+    """Records the strengths, and pulls every log_alpha down by 1."""
 
     def __init__(self) -> None:
         self.strengths: list[float] = []
@@ -88,7 +88,7 @@ def gates_of(*features: str) -> FeatureGates:
         (6, 0, [0, 0, 0, 0, 0, 0, 1]),
     ],
 )
-def test_gates_are_open_then_penalized_ever_more_then_fully(
+def test_gates_are_open_then_ramped_up_then_fully_penalized(
     open_steps: int, ramp_steps: int, strengths: list[float]
 ) -> None:
     gates = gates_of("a")
@@ -102,7 +102,7 @@ def test_gates_are_open_then_penalized_ever_more_then_fully(
     assert states == [step < open_steps for step in range(7)]
 
 
-def test_the_gates_optimizer_rests_while_they_are_open() -> None:
+def test_the_gate_optimizer_does_not_step_while_gates_are_open() -> None:
     gates = gates_of("a", "b")
     start = gates.log_alpha.detach().clone()
     plan = schedule(gates, steps=4, open_steps=2, ramp_steps=1)
@@ -110,7 +110,7 @@ def test_the_gates_optimizer_rests_while_they_are_open() -> None:
     for step in range(4):
         plan.loss_term(step).backward()
         plan.update(step)
-        # No gradient may be left over for the step in which the gates wake.
+        # No gradient may be left over for the first step in which the gates learn.
         assert gates.log_alpha.grad is None
         moved.append((start - gates.log_alpha.detach()).tolist())
     assert moved[0] == moved[1] == [0.0, 0.0]
@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_names_phase_and_step(value:
         )
 
 
-def test_every_step_is_in_the_log_also_those_after_the_last_interval(tmp_path: Path) -> None:
+def test_the_log_covers_every_step_including_those_after_the_last_interval(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     model = Regression()
     train(

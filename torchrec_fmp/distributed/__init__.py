@@ -1,3 +1,3 @@
-"""Process groups: which ranks there are, and how they agree."""
+"""Process groups: the ranks, and how they agree."""
 
 from __future__ import annotations

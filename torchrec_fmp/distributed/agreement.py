@@ -19,21 +19,24 @@ _PATIENCE = timedelta(minutes=30)
 _POLL_SECONDS = 0.5
 _WHOLE = "whole"
 
-# How many agreements each process group has had: all ranks count alike.
+# Number of agreements in each process group so far; all ranks count alike.
 _agreements: Counter[str] = Counter()
 
 
 class PeerError(RuntimeError):
-    """Another rank does not answer: what is wrong lies there, if that rank can say it."""
+    """Another rank does not answer.
+
+    The root cause is on that rank; its own error is preferred when available.
+    """
 
 
 def broadcast_text(text: str | None, group: dist.ProcessGroup, device: torch.device) -> str:
     """Rank 0's text, on every rank.
 
     Args:
-        text: read on rank 0 only.
+        text: text to send; read on rank 0 only.
         group: process group.
-        device: on which the group's backend communicates.
+        device: device that the group's backend communicates on.
     """
     source = dist.get_global_rank(group, 0)
     data = torch.frombuffer(bytearray((text or "").encode() or b" "), dtype=torch.uint8).to(device)
@@ -46,18 +49,18 @@ def broadcast_text(text: str | None, group: dist.ProcessGroup, device: torch.dev
 
 
 def check_equal(digest: str, what: str, group: dist.ProcessGroup) -> None:
-    """Compares a digest over the ranks.
+    """Checks that a digest is the same on all ranks.
 
     Raises:
-        RuntimeError: if it differs; names the ranks that differ from rank 0.
+        RuntimeError: if the digest differs; names the ranks that differ from rank 0.
     """
     digests: list[str] = [""] * dist.get_world_size(group)
     dist.all_gather_object(digests, digest, group=group)
     different = [rank for rank, other in enumerate(digests) if other != digests[0]]
     if different:
         raise RuntimeError(
-            f"{what} differs between ranks: ranks {different} disagree with rank 0. Every rank "
-            "must be given the same selection, model and planner"
+            f"{what} differs between ranks: ranks {different} disagree with rank 0. Give every "
+            "rank the same selection, model and planner"
         )
 
 
@@ -65,28 +68,28 @@ def check_equal(digest: str, what: str, group: dist.ProcessGroup) -> None:
 def all_or_none(
     what: str, group: dist.ProcessGroup, timeout: timedelta = _PATIENCE
 ) -> Iterator[Callable[[], None]]:
-    """Work that each rank does on its own, and that fails on all ranks if it fails on any.
+    """Independent work on each rank, which fails on all ranks if it fails on any.
 
-    The ranks agree through the group's store, which still answers when a rank has died, unless it
-    is the one that serves the store.
+    The ranks agree through the group's store. The store still answers after a rank has died, unless
+    that rank served it.
 
     Args:
-        what: the work, for errors.
+        what: name of the work, for errors.
         group: process group.
-        timeout: how long to wait for the slowest rank.
+        timeout: time to wait for the slowest rank.
 
     Yields:
-        A function that raises RuntimeError if another rank has failed meanwhile: long work calls
-        it now and then.
+        A function that raises RuntimeError if another rank has failed in the meantime. Long work
+        calls it now and then.
 
     Raises:
-        RuntimeError: on the ranks that succeeded, or that lost a rank that failed, if another
-            failed or is not done in time; names it and its error. A rank that failed for a reason
-            of its own raises its own error.
+        RuntimeError: if another rank failed or did not finish in time; names that rank and its
+            error. Raised on ranks that succeeded, and on ranks that lost contact with a failed
+            rank. A rank that failed for its own reason raises its own error.
     """
     store = group.get_group_store()
     _agreements[group.group_name] += 1
-    # An elastic launcher may keep the store over a restart.
+    # An elastic launcher may keep the store across a restart.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     prefix = f"torchrec_fmp/{start}/{_agreements[group.group_name]}"
     verdict = f"{prefix}/verdict"
@@ -103,7 +106,7 @@ def all_or_none(
     except BaseException as error:
         own = f"rank {rank}: {error!r}"
         said = own
-        # Without its store, the others notice on their own.
+        # If the store is gone, the other ranks notice without being told.
         with suppress(dist.DistNetworkError):
             said = store.compare_set(verdict, "", own).decode()
         if said != own and isinstance(error, PeerError):
@@ -115,12 +118,13 @@ def all_or_none(
             store.compare_set(verdict, "", _WHOLE)
         try:
             store.wait([verdict], timeout)
-        except RuntimeError as error:  # A DistStoreError of a TCPStore, but not of a FileStore.
+        except RuntimeError as error:  # A TCPStore raises DistStoreError, a FileStore does not.
             done = store.add(f"{prefix}/done", 0)
             late = (
-                f"{what} failed: {world_size - done} of {world_size} ranks did not end in {timeout}"
+                f"{what} failed: {world_size - done} of {world_size} ranks did not finish "
+                f"in {timeout}"
             )
-            # The late ones are to fail as well, unless the last has ended just now.
+            # Late ranks must fail too, unless the last one has just finished.
             said = store.compare_set(verdict, "", f"rank {rank}: {late}").decode()
             if said != _WHOLE:
                 raise RuntimeError(late) from error
@@ -129,18 +133,18 @@ def all_or_none(
 
 @contextmanager
 def _store_answers(what: str) -> Iterator[None]:
-    """Says what it means if the store does not answer."""
+    """Explains the error if the store does not answer."""
     try:
         yield
     except dist.DistNetworkError as error:
         raise RuntimeError(
             f"{what} failed: the store that the ranks agree through does not answer, so rank 0 or "
-            f"the launcher, whichever serves it, has ended: {error}"
+            f"the launcher, whichever serves the store, has exited: {error}"
         ) from error
 
 
 class Lease:
-    """Permission to write to some memory, which ends when the memory is freed."""
+    """Permission to write to a block of memory, until the memory is freed."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -148,49 +152,50 @@ class Lease:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Holds off the end while something is written.
+        """Delays the end of the lease during a write.
 
         Raises:
             PeerError: if the lease has ended.
         """
         with self._lock:
             if self._ended:
-                raise PeerError("the work was given up, because another rank failed")
+                raise PeerError("the work was abandoned because another rank failed")
             yield
 
     def end(self) -> None:
-        """Waits for what is being written, and lets nothing more be."""
+        """Waits for the write in progress, and permits no further writes."""
         with self._lock:
             self._ended = True
 
 
 def watched(work: Callable[[Callable[[], None]], _T], check: Callable[[], None]) -> _T:
-    """Runs work that may wait for other ranks, and gives up on it when one of them has failed.
+    """Runs work that may wait for other ranks, and abandons it when one of them has failed.
 
-    The work runs in a thread: nothing can interrupt a gloo transfer whose peer never answers, so
-    it is left to its process group's timeout.
+    The work runs in a thread. Nothing can interrupt a gloo transfer whose peer never answers, so
+    such a transfer is left to its process group's timeout.
 
     Args:
-        work: what to run. It is given a function that raises PeerError once it was given up.
-        check: raises if another rank has failed; see `all_or_none`.
+        work: function to run. Its argument is a function that raises PeerError once the work has
+            been abandoned.
+        check: function that raises if another rank has failed; see `all_or_none`.
 
     Returns:
-        What `work` returns.
+        The result of `work`.
 
     Raises:
-        Exception: what `work` or `check` raises.
+        Exception: any error that `work` or `check` raises.
     """
     given_up = threading.Event()
     results: list[_T] = []
     errors: list[BaseException] = []
 
-    def go_on() -> None:
+    def proceed() -> None:
         if given_up.is_set():
-            raise PeerError("the work was given up, because another rank failed")
+            raise PeerError("the work was abandoned because another rank failed")
 
     def run() -> None:
         try:
-            results.append(work(go_on))
+            results.append(work(proceed))
         except BaseException as error:
             errors.append(error)
 
@@ -210,7 +215,7 @@ def watched(work: Callable[[Callable[[], None]], _T], check: Callable[[], None])
 
 
 def largest(value: float, group: dist.ProcessGroup, device: torch.device) -> float:
-    """The largest of the ranks' values, on every rank; NaN if any is."""
+    """The largest of the ranks' values, on every rank; NaN if any value is NaN."""
     values = torch.zeros(dist.get_world_size(group), dtype=torch.float64, device=device)
     values[dist.get_rank(group)] = value
     dist.all_reduce(values, group=group)

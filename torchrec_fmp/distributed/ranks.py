@@ -1,4 +1,4 @@
-"""The process group of a run: torchrun's, or one process on its own."""
+"""The process group of a run: torchrun's, or a single process."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Ranks:
     """This process's place in the group.
 
     Args:
-        rank: from 0.
+        rank: index of this process, from 0.
         world_size: number of ranks.
-        device: that this rank trains on.
-        group: of all ranks.
+        device: device that this rank trains on.
+        group: process group of all ranks.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class Ranks:
         return self.rank == 0
 
     def __str__(self) -> str:
-        """For the user, as `2 ranks on cpu over gloo: tables model-parallel, ...`."""
+        """Text for the user, such as `2 ranks on cpu over gloo: tables model-parallel, ...`."""
         where = f"{self.device.type} over {dist.get_backend(self.group)}"
         if self.world_size == 1:
             return f"1 rank on {where}"
@@ -45,9 +45,9 @@ class Ranks:
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Joins the group that torchrun's environment names, or makes one of a single rank.
+    """Joins the group that torchrun's environment names, or creates a group of one rank.
 
-    Uses CUDA and NCCL where there is a GPU and fbgemm's CUDA build, CPU and gloo otherwise.
+    Uses CUDA and NCCL if there are a GPU and fbgemm's CUDA build, otherwise CPU and gloo.
     """
     cuda = torch.cuda.is_available() and installed_versions().get("fbgemm-gpu-cpu") is None
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

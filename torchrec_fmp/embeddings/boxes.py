@@ -1,4 +1,4 @@
-"""Which part of a table each rank holds, as arrays: a table may have a shard on every rank."""
+"""Shards of a table by rank, as arrays, because a table may have a shard on every rank."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Box(NamedTuple):
 def shards_of(
     sharding: ParameterSharding, rows: int, columns: int, world_size: int
 ) -> NDArray[np.void]:
-    """All shards of a table that are not empty, in the plan's order.
+    """All non-empty shards of a table, in the plan's order.
 
-    Every rank holds a data-parallel table whole.
+    Every rank holds a data-parallel table in full.
 
     Args:
-        sharding: from the plan.
-        rows: of the table.
-        columns: of the table.
+        sharding: the table's sharding in the plan.
+        rows: number of rows in the table.
+        columns: number of columns in the table.
         world_size: number of ranks.
 
     Returns:
@@ -60,7 +60,7 @@ def shards_of(
 
 
 def is_dense(sharding: ParameterSharding) -> bool:
-    """Whether the dense optimizer trains the table, and not a fused one."""
+    """Whether the dense optimizer, rather than a fused one, trains the table."""
     return (
         sharding.sharding_type == ShardingType.DATA_PARALLEL.value
         or sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value

@@ -1,4 +1,4 @@
-"""TorchRec's two embedding collections, pooled and not, seen alike."""
+"""One view of TorchRec's two embedding collections, pooled and unpooled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table_configs(collection: Collection) -> Sequence[BaseEmbeddingConfig]:
 
 
 def feature_names(configs: Sequence[BaseEmbeddingConfig]) -> tuple[str, ...]:
-    """Features of the tables in order, one that several tables serve once."""
+    """Features of the tables in order; a feature that several tables serve appears once."""
     return tuple(dict.fromkeys(feature for config in configs for feature in config.feature_names))
 
 
@@ -47,7 +47,7 @@ def table_weight(collection: Collection, table: str) -> nn.Parameter:
 
 
 def with_tables(collection: C, configs: Sequence[BaseEmbeddingConfig]) -> C:
-    """A collection on meta with the options of this one and other tables."""
+    """A collection on the meta device with the same options and the given tables."""
     device = torch.device("meta")
     if isinstance(collection, EmbeddingBagCollection):
         return EmbeddingBagCollection(
@@ -57,7 +57,7 @@ def with_tables(collection: C, configs: Sequence[BaseEmbeddingConfig]) -> C:
 
 
 def features_by_table(module: nn.Module) -> dict[str, list[str]]:
-    """Table -> features, of all collections in a module that is not sharded."""
+    """Table -> features, for all collections in an unsharded module."""
     return {
         config.name: list(config.feature_names)
         for child in module.modules()
@@ -67,9 +67,9 @@ def features_by_table(module: nn.Module) -> dict[str, list[str]]:
 
 
 def features_by_collection(model: nn.Module) -> dict[tuple[str, str], list[str]]:
-    """(fqn of a collection, table) -> features, of a model that is not sharded.
+    """(fqn of a collection, table) -> features, for an unsharded model.
 
-    A gated collection's fqn is that of the plain one that it is in the place of.
+    A gated collection has the fqn of the plain collection that it replaces.
     """
     found = {}
     for fqn, module in model.named_modules():

@@ -1,7 +1,7 @@
-"""Takes `torch.compile`'s wrappers off a model, and puts them on again.
+"""Removes `torch.compile`'s wrappers from a model, and restores them.
 
-`torch.compile(module)` is an `OptimizedModule` that holds the module as `_orig_mod`, which shows in
-the fqns of its parameters. Cut rules see the modules inside, under their own fqns.
+`torch.compile(module)` is an `OptimizedModule` that holds the module as `_orig_mod`. This name
+appears in the fqns of the parameters. Cut rules see the modules inside, under their own fqns.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from torchrec_fmp.embeddings.fqns import join_fqn, own_fqn
 
 _logger = logging.getLogger(__name__)
 
-# Own fqn of a module -> what compiles it, with the backend and the options that the user gave.
+# Own fqn of a module -> its compiler, with the user's backend and options.
 Compilers = Mapping[str, Any]
 
 
 def compilers(model: nn.Module) -> list[Any]:
-    """What compiles the model's wrapped modules; copies of the model share them."""
+    """Compilers of the model's wrapped modules; copies of the model share them."""
     return [m.dynamo_ctx for m in model.modules() if isinstance(m, OptimizedModule)]
 
 
 def module_compiled_by(module: nn.Module) -> nn.Module:
-    """The module that a wrapper of `torch.compile` holds, or the module itself."""
+    """The module inside a `torch.compile` wrapper, or the module itself if it is not wrapped."""
     return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
 def uncompiled(model: nn.Module) -> tuple[nn.Module, Compilers]:
-    """An ungated model without its wrappers, changed in place, and what `compiled` puts back."""
+    """An ungated model without its wrappers, changed in place, and the compilers for `compiled`."""
     found: dict[str, Any] = {}
     return _unwrap(model, "", found), found
 
 
 def compiled(model: nn.Module, compilers: Compilers) -> nn.Module:
-    """The model with its modules wrapped again, except those that are gone; changed in place.
+    """The model, changed in place, with its remaining modules wrapped again.
 
-    Nothing compiled is kept: the modules compile again when they are called.
+    No compiled code is kept: the modules compile again when they are called.
     """
-    # The innermost first, so that the others are still found.
+    # Innermost first, so that the outer modules are still found.
     for own in sorted(compilers, key=len, reverse=True):
-        # The outermost of the modules that have the own fqn, so that gates are compiled too.
+        # The outermost module with this own fqn, so that its gates are compiled too.
         names = [
             fqn
             for fqn, _ in model.named_modules(remove_duplicate=False)
@@ -61,11 +61,11 @@ def compiled(model: nn.Module, compilers: Compilers) -> nn.Module:
 
 
 def warn_of_compilation_in_place(module: nn.Module, fqn: str) -> None:
-    """Warns if `module.compile()` was called, which leaves no wrapper: torch does not keep how."""
+    """Warns of `module.compile()`: it leaves no wrapper, and torch does not record its options."""
     if module._compiled_call_impl is not None:
         _logger.warning(
-            "%s was compiled in place, and torch does not keep how: the pruned model's is not "
-            "compiled, call its compile() again",
+            "%s was compiled in place, and torch does not record how: its counterpart in the "
+            "pruned model is not compiled. Call compile() on it again",
             fqn or "the model",
         )
 

@@ -1,4 +1,4 @@
-"""Evaluation that leaves a sharded model as it was."""
+"""Evaluation that leaves a sharded model unchanged."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def steps_uncounted(model: nn.Module) -> Iterator[None]:
-    """The fused optimizers' step counters keep their values.
+    """Leaves the fused optimizers' step counters unchanged.
 
     FBGEMM counts a step in every forward pass, in evaluation too (`iter` for checkpoints,
-    `iter_cpu` for its arithmetic), and Adam's bias correction would feel it.
+    `iter_cpu` for its arithmetic), which would affect Adam's bias correction.
     """
     counters = [
         (counter, counter.clone())

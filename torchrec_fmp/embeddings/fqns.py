@@ -1,8 +1,8 @@
-"""The model's own fqns: those of its author, whatever wraps its modules.
+"""The model's own fqns: the names that its author gave, whatever wraps the modules.
 
-Gates take the place of a module and hold it, and so does `torch.compile`; both lengthen the fqns of
-all that is below. The engine knows own fqns alone. They are translated here, where a model comes in
-and where it goes out.
+A gate replaces a module and holds it, and so does `torch.compile`. Both lengthen the fqns of
+everything inside. The engine knows only own fqns. This module translates them, where a model comes
+in and where it goes out.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torchrec.distributed.types import ShardingPlan
 
 from torchrec_fmp.embeddings.wrappers import Wrapper
 
-# Where `torch.compile` holds the module that it wraps.
+# Attribute in which `torch.compile` holds the wrapped module.
 _COMPILED = "_orig_mod"
 
 
@@ -29,8 +29,8 @@ def own_fqn(model: nn.Module, fqn: str) -> str:
     """The model's own fqn of a module or tensor.
 
     Args:
-        model: may have gates and compiled modules.
-        fqn: in `model`. A wrapper and what it holds have the same own fqn.
+        model: model, possibly with gates and compiled modules.
+        fqn: fqn in `model`. A wrapper and the module inside have the same own fqn.
     """
     own = []
     module: object = get_unwrapped_module(model)
@@ -42,16 +42,16 @@ def own_fqn(model: nn.Module, fqn: str) -> str:
 
 
 def own_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(own fqn, module) of every module; a wrapper comes before what it holds."""
+    """(own fqn, module) of every module; a wrapper comes before the module inside."""
     for fqn, module in get_unwrapped_module(model).named_modules():
         yield own_fqn(model, fqn), module
 
 
 def module_at(model: nn.Module, own: str) -> nn.Module:
-    """The module of an own fqn, with its gates if it has any, but not what compiles it.
+    """The module with an own fqn, including its gates but not its `torch.compile` wrapper.
 
     Raises:
-        KeyError: if there is none.
+        KeyError: if there is no such module.
     """
     modules = get_unwrapped_module(model).named_modules(remove_duplicate=False)
     for fqn, module in modules:
@@ -61,15 +61,15 @@ def module_at(model: nn.Module, own: str) -> nn.Module:
 
 
 def own_parameters(model: DistributedModelParallel) -> dict[str, tuple[str, nn.Parameter]]:
-    """Own fqn -> fqn in the model and parameter, as TorchRec names the parameters.
+    """Own fqn -> (fqn in the model, parameter), as TorchRec names the parameters.
 
-    A rank that does not hold a sharded table may have no parameter of it, or an empty one.
+    A rank that does not hold a sharded table may have no parameter for it, or an empty one.
     """
     return {own_fqn(model, fqn): (fqn, parameter) for fqn, parameter in model.named_parameters()}
 
 
 def own_plan(plan: ShardingPlan) -> ShardingPlan:
-    """The plan by own fqns. Modules may have been compiled, or no longer be, since it was made."""
+    """The plan by own fqns; since it was made, modules may have been compiled or uncompiled."""
     return ShardingPlan(
         {
             ".".join(name for name in fqn.split(".") if name != _COMPILED): module_plan
@@ -79,7 +79,7 @@ def own_plan(plan: ShardingPlan) -> ShardingPlan:
 
 
 def plan_for(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
-    """A plan by own fqns, by those of a model that is to be sharded."""
+    """Renames a plan from own fqns to the fqns of a model that is to be sharded."""
     names: dict[str, str] = {}
     for fqn, module in model.named_modules():
         if not isinstance(module, OptimizedModule):
@@ -88,7 +88,7 @@ def plan_for(plan: ShardingPlan, model: nn.Module) -> ShardingPlan:
 
 
 def own_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(own fqn, tensor) of every parameter and buffer of a model, shared ones several times."""
+    """(own fqn, tensor) of every parameter and buffer of a model; shared tensors repeat."""
     module = get_unwrapped_module(model)
     for fqn, parameter in module.named_parameters(remove_duplicate=False):
         yield own_fqn(model, fqn), parameter

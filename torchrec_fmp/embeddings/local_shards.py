@@ -1,4 +1,4 @@
-"""The shards that this rank holds, as views into FBGEMM's table batched embeddings (TBE)."""
+"""This rank's shards, as views into FBGEMM's table batched embeddings (TBE)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _DENSE = (BatchedDenseEmbeddingBag, BatchedDenseEmbedding)
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One local shard of one table; the tensors are views, writing to them changes the table.
+    """One local shard of one table. Its tensors are views: writing to them changes the table.
 
     Args:
-        table: name.
-        box: the part of the table.
-        weight: (rows, columns).
-        states: of the optimizer, by the names that FBGEMM and `torch.optim` share, such as `sum`;
+        table: name of the table.
+        box: part of the table that the shard holds.
+        weight: weight of the shard, (rows, columns).
+        states: optimizer states by the names that FBGEMM and `torch.optim` share, such as `sum`;
             each (rows,) or (rows, columns). Empty at first on the dense kernel, whose states lie in
             the dense optimizer.
-        kernel: the module that runs the lookup.
+        kernel: module that runs the lookup.
     """
 
     table: str
@@ -57,32 +57,32 @@ class LocalShard:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """What the dense optimizer has of the table if the kernel is dense.
+        """The table's parameter in the dense optimizer, if the kernel is dense.
 
-        All column shards of a table on this rank lie in it, one below the other.
+        It holds all column shards of the table on this rank, one below the other.
         """
         return dict(self.kernel.named_parameters_by_table())[self.table]
 
     def part_of(self, state: Tensor) -> Tensor:
-        """This shard's part of what the dense optimizer keeps of `parameter`; a view.
+        """This shard's part of a state that the dense optimizer keeps of `parameter`; a view.
 
         Args:
-            state: (P, columns), (P, 1) or (P,), where `parameter` has P rows.
+            state: state of `parameter`, which has P rows: (P, columns), (P, 1) or (P,).
 
         Returns:
             (rows, columns) or (rows,).
 
         Raises:
-            ValueError: if the shard does not lie in the parameter, as TorchRec has it with column
-                shards of different widths on one rank.
+            ValueError: if the shard does not lie in the parameter, which happens in TorchRec with
+                column shards of different widths on one rank.
         """
         parameter, columns = self.parameter, self.box.columns
         start = (self.weight.storage_offset() - parameter.storage_offset()) // columns
         if parameter.shape[1] != columns or start + self.box.rows > len(parameter):
             raise ValueError(
-                f"table {self.table} has column shards of different widths on one rank, and with "
-                "the dense kernel TorchRec gives the optimizer only a part of them: pass a plan "
-                "with equal widths, or the fused kernel"
+                f"table {self.table} has column shards of different widths on one rank; with the "
+                "dense kernel, TorchRec gives the optimizer only a part of them. Pass a plan with "
+                "equal widths, or with the fused kernel"
             )
         part = state.narrow(0, start, self.box.rows)
         return part if state.shape == parameter.shape else part.view(self.box.rows)
@@ -98,7 +98,7 @@ def sharded_collections(model: nn.Module) -> dict[str, ShardedCollection]:
 
 
 def table_fqn(fqn: str, collection: ShardedCollection, table: str) -> str:
-    """Own fqn of a table's weight, where that of the collection is `fqn`."""
+    """Own fqn of a table's weight, in a collection whose own fqn is `fqn`."""
     bags = isinstance(collection, ShardedEmbeddingBagCollection)
     return join_fqn(fqn, f"{'embedding_bags' if bags else 'embeddings'}.{table}.weight")
 
@@ -114,12 +114,12 @@ def local_shards(collection: ShardedCollection) -> Iterator[LocalShard]:
 
 
 def is_fused(kernel: Any) -> bool:
-    """Whether a kernel is FBGEMM's fused one; subclasses keep their weights in other places."""
+    """Whether a kernel is FBGEMM's fused one; its subclasses keep their weights elsewhere."""
     return type(kernel) in _FUSED
 
 
 def dense_tensors(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """Parameters and buffers outside of sharded collections, by own fqn."""
+    """Parameters and buffers outside sharded collections, by own fqn."""
     sharded = tuple(
         f"{fqn}."
         for fqn, module in model.module.named_modules()
@@ -136,10 +136,10 @@ def _shards_of_kernel(kernel: Any) -> Iterator[LocalShard]:
     if not is_fused(kernel) and type(kernel) not in _DENSE:
         raise TypeError(
             f"tables {[table.name for table in kernel_tables(kernel)]} run on "
-            f"{type(kernel).__name__}; the kernels that can be resharded are fused, fused_uvm, "
-            "fused_uvm_caching and dense"
+            f"{type(kernel).__name__}, which cannot be resharded. Use the kernel fused, fused_uvm, "
+            "fused_uvm_caching or dense"
         )
-    # What a cached kernel has changed is written back to the table first.
+    # A cached kernel has to write its changes back to the table first.
     kernel.flush()
     tables = kernel_tables(kernel)
     weights = kernel.split_embedding_weights()
@@ -149,8 +149,8 @@ def _shards_of_kernel(kernel: Any) -> Iterator[LocalShard]:
     for table, weight, state in zip(tables, weights, states, strict=True):
         metadata = table.local_metadata
         row, column = metadata.shard_offsets if metadata is not None else (0, 0)
-        # SGD's kernel reports an empty placeholder, others the step counter, which all tables of a
-        # kernel share.
+        # SGD's kernel reports an empty placeholder; other kernels report the step counter, which
+        # all tables of a kernel share.
         kept = {name: t for name, t in state.items() if t.numel() > 0 and name != "iter"}
         box = Box(row, column, *weight.shape)
         yield LocalShard(table.name, box, weight.detach(), kept, kernel)

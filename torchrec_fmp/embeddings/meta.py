@@ -1,6 +1,6 @@
-"""Parameters on the meta device that keep what `apply_optimizer_in_backward` set on them.
+"""Parameters on the meta device that keep their `apply_optimizer_in_backward` attributes.
 
-Deep copies of a parameter do not: torch copies its values and `requires_grad` alone.
+A deep copy of a parameter loses them: torch copies only its values and `requires_grad`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torchrec_fmp.embeddings.seams import copy_fused_optimizer
 
 
 def meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter like this one, without values."""
+    """A copy of the parameter on the meta device, without values."""
     meta = nn.Parameter(
         torch.empty_like(parameter, device="meta"), requires_grad=parameter.requires_grad
     )

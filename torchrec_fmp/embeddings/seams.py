@@ -1,7 +1,7 @@
-"""Private names of TorchRec and FBGEMM, one small function each; nothing else touches them.
+"""Private names of TorchRec and FBGEMM, one small function each; no other module touches them.
 
-A name that an upgrade removes or renames raises `SeamError`, in any run that needs it. The tests of
-this module say what each name means, on every supported version.
+A name that an upgrade removes or renames raises `SeamError` in any run that needs it. The tests of
+this module show the meaning of each name, on every supported version.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def _read(owner: object, name: str) -> Any:
         versions = installed_versions()
         raise SeamError(
             f"{type(owner).__module__}.{type(owner).__name__} has no {name!r} in torchrec "
-            f"{versions['torchrec']}: this version is not supported; see `torchrec-fmp doctor`"
+            f"{versions['torchrec']}: this version is not supported; run `torchrec-fmp doctor`"
         ) from error
 
 
 def _write(owner: object, name: str, value: object) -> None:
-    """Sets what is there; a renamed attribute must not become a new one that nothing reads."""
+    """Sets an existing attribute: after a rename, setting the old name would have no effect."""
     _read(owner, name)
     setattr(owner, name, value)
 
@@ -72,12 +72,12 @@ def _write(owner: object, name: str, value: object) -> None:
 
 
 def sharding_env(model: DistributedModelParallel) -> ShardingEnv:
-    """What the model was sharded in: its process group, rank and world size."""
+    """The model's sharding environment: its process group, rank and world size."""
     return cast(ShardingEnv, _read(model, "_env"))
 
 
 def data_parallel_wrapper(model: DistributedModelParallel) -> DataParallelWrapper:
-    """What wraps the dense part of the model, as it was passed to its constructor."""
+    """The wrapper of the model's dense part, as passed to the model's constructor."""
     return cast(DataParallelWrapper, _read(model, "_data_parallel_wrapper"))
 
 
@@ -96,14 +96,14 @@ def is_weighted(collection: ShardedEmbeddingBagCollection) -> bool:
 
 
 def device_of(collection: ShardedCollection) -> torch.device:
-    """The device that the collection's shards on this rank are on."""
+    """The device of the collection's shards on this rank."""
     return cast(torch.device, _read(collection, "_device"))
 
 
 def sequence_options(collection: nn.Module) -> dict[str, Any]:
-    """What an `EmbeddingCollection`, sharded or not, was made with besides its tables.
+    """Constructor arguments of an `EmbeddingCollection`, sharded or not, besides its tables.
 
-    TorchRec 1.6 does not have the last of the options.
+    TorchRec 1.6 lacks the last option.
     """
     accepted = inspect.signature(EmbeddingCollection).parameters
     names = ("need_indices", "use_gather_select", "use_gather_select_per_sharding")
@@ -111,12 +111,12 @@ def sequence_options(collection: nn.Module) -> dict[str, Any]:
 
 
 def lookups(collection: ShardedCollection) -> Any:
-    """The modules that look up embeddings, one for each sharding type; `modules()` lacks them."""
+    """The modules that look up embeddings, one per sharding type; `modules()` omits them."""
     return _read(collection, "_lookups")
 
 
 def kernels(collection: ShardedCollection) -> Iterator[Any]:
-    """The modules that run the lookups, each a `BaseEmbedding` of some of the tables."""
+    """The modules that run the lookups, each a `BaseEmbedding` for some of the tables."""
     for lookup in lookups(collection):
         while isinstance(lookup, DistributedDataParallel):
             lookup = lookup.module
@@ -124,20 +124,20 @@ def kernels(collection: ShardedCollection) -> Iterator[Any]:
 
 
 def kernel_tables(kernel: Any) -> Sequence[Any]:
-    """`ShardedEmbeddingTable` of each shard of a kernel, in the order of its weights."""
+    """`ShardedEmbeddingTable` of each shard in a kernel, in the order of the kernel's weights."""
     return cast(Sequence[Any], _read(kernel, "_config").embedding_tables)
 
 
 def step_counters(kernel: Any) -> list[Tensor]:
-    """FBGEMM's counters of a fused kernel's steps: of checkpoints, and of its arithmetic."""
+    """FBGEMM's two step counters of a fused kernel: for checkpoints, and for its arithmetic."""
     return [_read(kernel.emb_module, name) for name in ("iter", "iter_cpu")]
 
 
 def forget_input_order(collection: ShardedCollection) -> None:
-    """Lets the next batch decide again in which order the collection finds its features.
+    """Lets the collection determine the order of its features again, from the next batch.
 
-    A sharded collection keeps the order of the first batch's keys for good. The attributes are
-    those that TorchRec resets in `ShardedEmbeddingBagCollection.update_shards`.
+    A sharded collection keeps the key order of its first batch for good. TorchRec resets the same
+    attributes in `ShardedEmbeddingBagCollection.update_shards`.
     """
     _write(collection, "_has_uninitialized_input_dist", True)
     for name in ("_input_dists", "_features_order", "_feature_splits"):
@@ -155,7 +155,7 @@ def topology_of(planner: EmbeddingShardingPlanner) -> Topology:
 
 
 def batch_size_of(planner: EmbeddingShardingPlanner) -> int:
-    """Rows of a batch on one rank that the planner assumes."""
+    """The batch size per rank, in rows, that the planner assumes."""
     return int(_read(planner, "_batch_size"))
 
 
@@ -176,22 +176,22 @@ def planner_copy(
     planner: EmbeddingShardingPlanner,
     narrowed: Any,
 ) -> EmbeddingShardingPlanner:
-    """A copy of the planner without what it keeps of the models that it has planned.
+    """A copy of the planner without its data on the models that it has planned.
 
     Args:
-        planner: not changed.
-        narrowed: constraints -> those that the copy has in their place. Enumerator and estimators
+        planner: planner to copy; not changed.
+        narrowed: function from constraints to the copy's constraints. Enumerator and estimators
             usually hold the planner's own dictionary, but need not.
     """
     enumerator = _read(planner, "_enumerator")
-    # A stored plan is of the old tables; the others would copy the tables themselves.
+    # A stored plan is for the old tables; the other attributes would copy the tables themselves.
     kept = [(planner, "_best_plan"), (planner, "plan_loader")]
     constraints = [constraints_of(planner)]
     if isinstance(enumerator, EmbeddingEnumerator):
         stored = ("_last_stored_module", "_last_stored_sharders", "_last_stored_search_space")
         kept += [(enumerator, name) for name in stored]
         constraints.append(_read(enumerator, "_constraints"))
-    # Those of other authors need not have any.
+    # Enumerators and estimators by other authors need not have constraints.
     others = [*(estimators_of(planner) or ()), enumerator]
     constraints += [vars(other).get("_constraints") for other in others]
     memo: dict[int, Any] = {
@@ -202,7 +202,7 @@ def planner_copy(
 
 
 def set_priced_tensor(option: ShardingOption, tensor: Tensor) -> None:
-    """Puts another tensor in the place of an option's table, for the estimators."""
+    """Replaces the tensor that the estimators see as an option's table."""
     _write(option, "_tensor", tensor)
 
 
@@ -210,17 +210,17 @@ def set_priced_tensor(option: ShardingOption, tensor: Tensor) -> None:
 
 
 def wrapped_optimizer(optimizer: OptimizerWrapper | KeyedOptimizerWrapper) -> Any:
-    """The optimizer that a wrapper wraps."""
+    """The optimizer inside a wrapper."""
     return _read(optimizer, "_optimizer")
 
 
 def set_wrapped_optimizer(optimizer: OptimizerWrapper, wrapped: KeyedOptimizer) -> None:
-    """Puts another optimizer into a wrapper."""
+    """Replaces the optimizer inside a wrapper."""
     _write(optimizer, "_optimizer", wrapped)
 
 
 def set_combined_optimizers(optimizer: CombinedOptimizer, parts: Sequence[tuple[str, Any]]) -> None:
-    """Puts other optimizers, by their keys, in the place of those that were combined."""
+    """Replaces the combined optimizers; `parts` gives the new ones with their keys."""
     _write(optimizer, "_optims", list(parts))
 
 
@@ -237,7 +237,7 @@ def clips_sharded_parameters(optimizer: GradientClippingOptimizer) -> bool:
 def set_clipped_parameters(
     optimizer: GradientClippingOptimizer, parameters: Sequence[Tensor]
 ) -> None:
-    """Sets the parameters, equal on every rank, whose gradients the optimizer clips."""
+    """Sets the parameters whose gradients the optimizer clips; they are equal on every rank."""
     _write(optimizer, "_replicate_params", list(parameters))
 
 
@@ -253,7 +253,7 @@ _OPTIMIZERS, _CLASSES, _SETTINGS = (
 
 @lru_cache(maxsize=1)
 def _check_backward_names() -> None:
-    """Most parameters have none of the names, so their absence says nothing: try one out."""
+    """Tries the names on one parameter: most have none of them, so absence proves nothing."""
     parameter = nn.Parameter(torch.zeros(1))
     with torch.enable_grad():
         _apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": 0.1}, register_hook=False)
@@ -262,7 +262,7 @@ def _check_backward_names() -> None:
 
 
 def backward_classes(parameter: Tensor) -> list[type[Optimizer]]:
-    """Classes of the optimizers that were set on a parameter; empty if none was."""
+    """Classes of the optimizers that were set on a parameter; empty if there are none."""
     _check_backward_names()
     return list(getattr(parameter, _CLASSES, ()))
 
@@ -277,8 +277,8 @@ def backward_optimizers(parameter: Tensor) -> list[tuple[Optimizer, dict[str, An
 def add_backward_optimizer(
     parameter: nn.Parameter, kind: type[Optimizer], settings: dict[str, Any]
 ) -> Optimizer:
-    """Has an optimizer step in a parameter's backward pass, and returns it."""
-    # The hook is put on the graph of the parameter.
+    """Makes an optimizer step in a parameter's backward pass, and returns the optimizer."""
+    # The hook is registered on the parameter's graph.
     with torch.enable_grad():
         _apply_optimizer_in_backward(
             kind, [parameter], settings, register_hook=parameter.requires_grad
@@ -287,7 +287,7 @@ def add_backward_optimizer(
 
 
 def copy_fused_optimizer(source: Tensor, target: Tensor) -> None:
-    """Carries over which optimizers were set on a table's parameter, for TorchRec to fuse."""
+    """Copies the optimizer classes and settings of a table's parameter, for TorchRec to fuse."""
     _check_backward_names()
     for name in (_CLASSES, _SETTINGS):
         if hasattr(source, name):
@@ -295,6 +295,6 @@ def copy_fused_optimizer(source: Tensor, target: Tensor) -> None:
 
 
 def set_fused_optimizer(parameter: Tensor, kind: type[Optimizer]) -> None:
-    """Notes an optimizer on a table's parameter, as TorchRec's storage estimator looks for it."""
+    """Records an optimizer on a table's parameter, where TorchRec's storage estimator reads it."""
     _check_backward_names()
     setattr(parameter, _CLASSES, [kind])

@@ -1,4 +1,4 @@
-"""Markers of modules that stand in the place of the user's and hold it."""
+"""Base classes of modules that replace a user's module and hold it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Wrapper(nn.Module):
-    """A module in the place of the user's, which it holds in an attribute."""
+    """A module that replaces a user's module and holds it in an attribute."""
 
     # Name of the attribute; it lengthens the fqns of everything in the user's module.
     inner: ClassVar[str]
@@ -20,7 +20,7 @@ class Wrapper(nn.Module):
 
 
 class CollectionWrapper(Wrapper):
-    """In the place of an embedding collection, sharded or not."""
+    """A wrapper that replaces an embedding collection, sharded or not."""
 
     @property
     def collection(self) -> Any:

@@ -1,3 +1,3 @@
-"""Where the figures of a running job go."""
+"""Loggers for the metrics of a running job."""
 
 from __future__ import annotations

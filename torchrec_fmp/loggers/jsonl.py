@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one line a logging interval."""
+"""`metrics.jsonl`: one line per logging interval."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from torchrec_fmp import paths
 
 
 class MetricsLog:
-    """Appends to a JSON-lines file; on ranks that do not report, does nothing.
+    """Appends to a JSON-lines file; does nothing on ranks that do not report.
 
     Args:
-        path: the file, or None for no log.
-        interval: steps between two lines.
+        path: path of the file, or None for no log.
+        interval: number of steps between two lines.
     """
 
     def __init__(self, path: str | None, interval: int) -> None:
         if interval < 1:
-            raise ValueError(f"the logging interval is {interval} steps, it must be at least 1")
+            raise ValueError(f"the logging interval is {interval} steps; it must be at least 1")
         self._path = path
         self._interval = interval
         self._losses: list[float] = []
         self._place: dict[str, object] = {}
 
     def step(self, phase: str, step: int, loss: float, samples: int) -> None:
-        """Notes a step; every `interval` steps writes the mean loss since the last line."""
+        """Records a step; every `interval` steps, writes the mean loss since the last line."""
         self._losses.append(loss)
         self._place = {"phase": phase, "step": step + 1, "samples": samples}
         if (step + 1) % self._interval == 0:
             self.flush()
 
     def flush(self) -> None:
-        """Writes the steps since the last line, at the end of a phase: lines never mix phases."""
+        """Writes the steps since the last line. Called after each phase: no line mixes phases."""
         if self._losses:
             self.write({**self._place, "loss": sum(self._losses) / len(self._losses)})
             self._losses.clear()

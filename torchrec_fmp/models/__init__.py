@@ -1,1 +1,1 @@
-"""The backbones that the command line trains, on TorchRec's own modules."""
+"""The backbones that the command line trains, built on TorchRec's modules."""

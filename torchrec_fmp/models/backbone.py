@@ -1,4 +1,4 @@
-"""The interface of a backbone, and the tables that all of them read."""
+"""The backbone interface, and the tables that all backbones read."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Backbone(abc.ABC):
 
     @abc.abstractmethod
     def build(self, schema: Schema, device: torch.device) -> nn.Module:
-        """The model, tables on meta and the rest on `device`; draws from the global generator."""
+        """Builds the model with tables on meta, the rest on `device`; uses the global generator."""
 
     @abc.abstractmethod
     def dense_modules(self, schema: Schema) -> dict[str, tuple[str, ...]]:
-        """Fqn of each module that reads the dense input -> the names of its columns."""
+        """Fqn of each module that reads the dense input -> names of the columns that it reads."""
 
 
 def table_name(feature: str) -> str:
@@ -36,9 +36,9 @@ def table_name(feature: str) -> str:
 
 
 def check_embedding_dim(embedding_dim: int) -> None:
-    """Raises ValueError unless FBGEMM can have tables of this dimension."""
+    """Raises ValueError if FBGEMM does not support tables of this dimension."""
     if embedding_dim < 4 or embedding_dim % 4:
-        raise ValueError(f"embedding_dim is {embedding_dim}, it must be a multiple of 4")
+        raise ValueError(f"embedding_dim is {embedding_dim}; it must be a positive multiple of 4")
 
 
 def embedding_bags(
@@ -47,10 +47,10 @@ def embedding_bags(
     """One sum-pooled table for each sparse column, on meta.
 
     Args:
-        schema: of the data.
-        embedding_dim: of every table.
-        std: standard deviation of the initial weights, which are normal; None is TorchRec's own
-            initialization, uniform and the wider the fewer rows a table has.
+        schema: schema of the data.
+        embedding_dim: embedding dimension of every table.
+        std: standard deviation of the normal initial weights; None for TorchRec's uniform
+            initialization, whose range is wider the fewer rows a table has.
     """
     tables = [
         EmbeddingBagConfig(

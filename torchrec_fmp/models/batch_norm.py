@@ -9,26 +9,27 @@ from torch.distributed.nn.functional import all_reduce
 
 
 class GlobalBatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` as if the batches of all ranks were one.
+    """`torch.nn.BatchNorm1d` over the batches of all ranks as one batch.
 
-    TorchRec wraps dense layers so that buffers are not broadcast, and the running statistics of
-    plain batch normalization would differ: every rank would evaluate another model. It is what
-    `torch.nn.SyncBatchNorm` does, which runs on GPUs only. Training is collective, over the default
-    process group; without one, and in evaluation, it is plain batch normalization.
+    TorchRec wraps dense layers so that buffers are not broadcast. The running statistics of plain
+    batch normalization would differ between ranks, and every rank would evaluate a different model.
+    `torch.nn.SyncBatchNorm` does the same as this module, but runs only on GPUs. Training is
+    collective, over the default process group; without a process group, and in evaluation, this is
+    plain batch normalization.
 
     Args:
-        num_features: N.
-        device: of the parameters and the statistics.
+        num_features: number of features N.
+        device: device of the parameters and the statistics.
     """
 
     def __init__(self, num_features: int, device: torch.device) -> None:
         super().__init__(num_features, device=device)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The normalized features, (B, N); B may differ between ranks."""
+        """Normalized features, (B, N); B may differ between ranks."""
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
-        # In float64, as the variance is a difference of means.
+        # In float64, because the variance is a difference of means.
         x_BN = input.double()
         sums = all_reduce(torch.stack([x_BN.sum(0), x_BN.square().sum(0)]))
         rows = x_BN.new_tensor(len(x_BN))

@@ -1,4 +1,4 @@
-"""TorchRec's own DLRM."""
+"""TorchRec's DLRM."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class DlrmBackbone(Backbone):
     """`torchrec.models.dlrm.DLRM`, from "Deep Learning Recommendation Model" (arXiv:1906.00091).
 
     Args:
-        embedding_dim: of every table; FBGEMM needs a multiple of 4.
-        dense_arch: hidden layers of the bottom MLP; the last layer, of `embedding_dim`, is added.
-        over_arch: hidden layers of the top MLP; the last layer, of 1, is added.
+        embedding_dim: embedding dimension of every table; FBGEMM needs a multiple of 4.
+        dense_arch: sizes of the bottom MLP's hidden layers; a last layer of size `embedding_dim` is
+            added.
+        over_arch: sizes of the top MLP's hidden layers; a last layer of size 1 is added.
 
     Raises:
-        ValueError: if a size is not positive, `embedding_dim` is no multiple of 4, or `over_arch`
-            is empty.
+        ValueError: if a size is not positive, `embedding_dim` is not a multiple of 4, or
+            `over_arch` is empty.
     """
 
     def __init__(
@@ -34,8 +35,8 @@ class DlrmBackbone(Backbone):
         check_embedding_dim(embedding_dim)
         if not over_arch or min(*dense_arch, *over_arch, 1) < 1:
             raise ValueError(
-                f"dense_arch {list(dense_arch)} and over_arch {list(over_arch)} must be positive "
-                "sizes, and over_arch needs at least one"
+                f"dense_arch is {list(dense_arch)} and over_arch is {list(over_arch)}; all sizes "
+                "must be positive, and over_arch needs at least one"
             )
         self.embedding_dim = embedding_dim
         self.dense_arch = tuple(dense_arch)

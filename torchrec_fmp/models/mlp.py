@@ -1,4 +1,4 @@
-"""ERASE's plain MLP over the concatenated embeddings: module, cut rule and backbone."""
+"""ERASE's plain MLP over concatenated embeddings: module, cut rule and backbone."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from torchrec_fmp.surgery.linear import cut_linear, kept_columns
 from torchrec_fmp.surgery.rules import Cutter, cut_rule
 
 _GROUP = "sparse"
-# models/basemodel.py of ERASE.
+# From ERASE, models/basemodel.py.
 _EMBEDDING_STD = 0.01
 
 
 class Mlp(nn.Module):
-    """An MLP over the dense input and all pooled embeddings, side by side.
+    """An MLP over the concatenated dense input and pooled embeddings.
 
-    The first layer is the sum of one over the embeddings and one over the dense input, which is the
-    layer over their concatenation, so that dense columns can be gated.
+    The first layer is the sum of a layer over the embeddings and a layer over the dense input. This
+    equals one layer over their concatenation, and lets dense columns be gated.
 
     ::
 
@@ -37,12 +37,12 @@ class Mlp(nn.Module):
         KeyedJaggedTensor ─ EBC ─▶ sparse_layer ─┴ + ─ norm, ReLU, dropout ─ ... ─ Linear ─▶ logit
 
     Args:
-        embedding_bag_collection: F features, each served by one table.
+        embedding_bag_collection: tables of F features, one table per feature.
         dense_in_features: number N of dense columns.
         layers: sizes of the hidden layers.
-        dropout: probability behind each hidden layer.
+        dropout: dropout probability after each hidden layer.
         batch_norm: whether each hidden layer is normalized before its ReLU.
-        device: of all but the tables.
+        device: device of all parameters except the tables.
     """
 
     def __init__(
@@ -68,11 +68,12 @@ class Mlp(nn.Module):
         self.over = nn.Sequential(*_over_layers(layers, dropout, batch_norm, device))
 
     def forward(self, dense_features: Tensor, sparse_features: KeyedJaggedTensor) -> Tensor:
-        """Logits (B, 1).
+        """Logits, (B, 1).
 
         Args:
-            dense_features: (B, N) float32.
-            sparse_features: keys of all features, and perhaps others.
+            dense_features: (B, N) float32 dense input.
+            sparse_features: KeyedJaggedTensor with the keys of all features; other keys are
+                allowed.
         """
         pooled = self.embedding_bag_collection(sparse_features)
         hidden_BH = self.sparse_layer(self.regroup([pooled])[_GROUP])
@@ -82,17 +83,17 @@ class Mlp(nn.Module):
 
 
 def regrouped(collection: EmbeddingBagCollection) -> KTRegroupAsDict:
-    """Brings the pooled embeddings into the order of the tables, whatever the plan's is."""
+    """Puts the pooled embeddings in table order, regardless of their order in the plan."""
     return KTRegroupAsDict([[*feature_names(collection.embedding_bag_configs())]], [_GROUP])
 
 
 @cut_rule(Mlp)
 def cut_mlp(model: Mlp, fqn: str, cutter: Cutter) -> None:
-    """Shrinks the tables, the order of the features and the first layer.
+    """Cuts the tables, the feature order and the first layer.
 
-    The first layer reads the concatenated embeddings linearly, so closed gates drop its columns and
-    those between 0 and 1 scale them where they do not fold into a table. The dense input has a
-    layer of its own, and batch normalization lies behind both: nothing is to be cut there.
+    The first layer reads the concatenated embeddings linearly, so closed gates drop its columns.
+    Gates between 0 and 1 scale its columns if they do not fold into a table. The dense input has a
+    separate layer, and batch normalization follows both layers, so nothing is cut there.
 
     Raises:
         ValueError: if no sparse feature is left.
@@ -114,7 +115,7 @@ def cut_mlp(model: Mlp, fqn: str, cutter: Cutter) -> None:
 def _over_layers(
     layers: Sequence[int], dropout: float, batch_norm: bool, device: torch.device
 ) -> Iterator[nn.Module]:
-    """What follows the first linear layer."""
+    """Yields the layers after the first linear layer."""
     for size, next_size in zip(layers, [*layers[1:], 1], strict=True):
         if batch_norm:
             yield GlobalBatchNorm1d(size, device=device)
@@ -126,19 +127,19 @@ def _over_layers(
 class MlpBackbone(Backbone):
     """The default backbone of ERASE (arXiv:2403.12660), models/rec/mlp.py of its repository.
 
-    Tables start from a normal distribution of standard deviation 0.01, as there. ERASE has no dense
-    columns; here they stand beside the embeddings.
+    Tables start from a normal distribution of standard deviation 0.01, as in ERASE. ERASE has no
+    dense columns; here they are concatenated with the embeddings.
 
     Args:
-        embedding_dim: of every table; FBGEMM needs a multiple of 4.
-        layers: sizes of the hidden layers; the last layer, of 1, is added.
-        dropout: probability behind each hidden layer.
+        embedding_dim: embedding dimension of every table; FBGEMM needs a multiple of 4.
+        layers: sizes of the hidden layers; a last layer of size 1 is added.
+        dropout: dropout probability after each hidden layer.
         batch_norm: whether each hidden layer is normalized before its ReLU, over the batches of
             all ranks.
 
     Raises:
-        ValueError: if `layers` is empty or a size is not positive, `embedding_dim` is no multiple
-            of 4, or `dropout` is no probability below 1.
+        ValueError: if `layers` is empty or a size is not positive, `embedding_dim` is not a
+            multiple of 4, or `dropout` is not in [0, 1).
     """
 
     def __init__(
@@ -150,9 +151,11 @@ class MlpBackbone(Backbone):
     ) -> None:
         check_embedding_dim(embedding_dim)
         if not layers or min(layers) < 1:
-            raise ValueError(f"layers is {list(layers)}, it must hold at least one positive size")
+            raise ValueError(
+                f"layers is {list(layers)}; it must hold at least one size, all positive"
+            )
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, it must be at least 0 and below 1")
+            raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
         self.embedding_dim = embedding_dim
         self.layers = tuple(layers)
         self.dropout = dropout

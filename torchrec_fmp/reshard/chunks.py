@@ -1,6 +1,6 @@
-"""Parts of tensors on their way between two ranks, packed into messages of bounded size.
+"""Parts of tensors in transit between two ranks, packed into messages of bounded size.
 
-Both ends cut the same list of parts by the same rule, so no message has to say what is in it.
+Both ends split the same list of parts by the same rule, so a message need not list its contents.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Part:
     """A box of one tensor that leaves or arrives.
 
     Args:
-        name: of the tensor and the box, for errors.
-        view: (rows, columns), or (rows,) of a state with one value a row.
-        share: of the columns of the target shard that the box has; 1 but where a state with one
-            value a row is merged.
+        name: name of the tensor and the box, for errors.
+        view: view of the tensor, (rows, columns), or (rows,) for a state with one value per row.
+        share: fraction of the target shard's columns that lie in the box; 1 except where a state
+            with one value per row is merged.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Part:
         return self.view[:1].numel() * self.view.element_size()
 
     def rows(self, start: int, count: int) -> Part:
-        """Some of its rows."""
+        """The part's rows [start, start + count)."""
         return Part(self.name, self.view.narrow(0, start, count), self.share)
 
     def accept(self, value: Tensor) -> None:
-        """Writes what arrived.
+        """Writes a received value.
 
-        Of a state with one value a row, adds its share to those of the other column shards: their
-        width-weighted mean.
+        For a state with one value per row, adds the value weighted by `share`. Together, the column
+        shards give their width-weighted mean.
         """
         if self.share == 1 or self.view.dim() > 1:
             self.view.copy_(value)
@@ -52,12 +52,12 @@ class Part:
 
 
 def chunked(parts: Sequence[Part], chunk_bytes: int) -> Iterator[list[Part]]:
-    """Cuts the parts by rows into messages of at most `chunk_bytes`, or of one row if that is more.
+    """Splits the parts by rows into messages of at most `chunk_bytes`, or one row if that is more.
 
-    Depends on the parts' shapes and dtypes alone.
+    The result depends only on the parts' shapes and dtypes.
     """
     message: list[Part] = []
-    # With a whole number of places left, no part's padding can exceed it.
+    # The room is a multiple of the alignment, so a part that fits still fits with its padding.
     size = chunk_bytes // _ALIGNMENT * _ALIGNMENT
     room = size
     for part in parts:
@@ -77,10 +77,10 @@ def chunked(parts: Sequence[Part], chunk_bytes: int) -> Iterator[list[Part]]:
 
 
 def message_bytes(message: Sequence[Part]) -> int:
-    """Bytes of a message with the padding between its parts.
+    """Bytes of a message, including the padding between its parts.
 
-    None follows the last, so that one end may send a single part from a buffer and the other
-    receive it in its place.
+    No padding follows the last part, so that one end may send a single part from a buffer and the
+    other receive it in place.
     """
     return sum(_padded(part) for part in message[:-1]) + _bytes(message[-1])
 
@@ -98,7 +98,7 @@ def unpack(message: Sequence[Part], buffer: Tensor) -> None:
 
 
 def direct(message: Sequence[Part], device: torch.device) -> Tensor | None:
-    """The tensor itself as uint8, where a message is one contiguous tensor: no buffer is needed."""
+    """The tensor itself as uint8, if the message is one contiguous tensor and needs no buffer."""
     if len(message) > 1:
         return None
     (part,) = message

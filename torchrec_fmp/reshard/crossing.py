@@ -1,20 +1,20 @@
-"""Optimizer states of tables that the dense optimizer trains, before or after.
+"""Optimizer states of tables that the dense optimizer trains, before or after the move.
 
-A data-parallel table, or a shard on the dense kernel, is a parameter, whose states lie in a
-`torch.optim` optimizer; those of other shards lie in FBGEMM's fused optimizer. Both give them the
-same names: `sum`, `exp_avg`, `exp_avg_sq`. So a table's states move from shard to shard, wherever
-they lie; where dense and fused optimizer differ, a shard of D columns first gets them as they were,
-and then converts them:
+A data-parallel table, or a shard on the dense kernel, is a parameter, and its states lie in a
+`torch.optim` optimizer. The states of other shards lie in FBGEMM's fused optimizer. Both optimizers
+use the same names: `sum`, `exp_avg`, `exp_avg_sq`. So a table's states move from shard to shard,
+wherever they lie. Where dense and fused optimizer differ, a shard of D columns first receives the
+states in their old form, and then converts them:
 
-- one value an element, or one a row, on both sides: copied;
+- one value per element, or one per row, on both sides: copied;
 - element to row: the mean over the columns of the shard. Row-wise Adagrad accumulates the mean over
-  a row's g², and sum_t mean_d(g²) = mean_d(sum_t g²), so this is what it would have accumulated
-  from the same gradients; so for the running mean of partial row-wise Adam, which is linear too;
+  a row's g², and sum_t mean_d(g²) = mean_d(sum_t g²), so the same gradients would have accumulated
+  the same value. This also holds for the running mean of partial row-wise Adam, which is linear;
 - row to element: the row's value in every column. If the table was split by columns, each shard has
-  a value of its own; the row's is their mean weighted by width.
+  a separate value; the row's value is their mean weighted by width.
 
-The step is carried, in the form that the optimizer keeps (tensor or number). From fused to dense or
-back hyperparameters are not: those of the place that a table gets to apply.
+The step is carried, in the form that the optimizer keeps (tensor or number). Hyperparameters are
+not carried from fused to dense or back: the hyperparameters of the table's new place apply.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ from torchrec_fmp.surgery.cut_map import CutMap
 def with_dense_states(
     current: Tables, optimizer: Optimizer, group: dist.ProcessGroup, timeout: timedelta
 ) -> Tables:
-    """The tables of a model with what the dense optimizer keeps of them.
+    """The tables of a model with their states in the dense optimizer.
 
     Collective.
 
     Args:
-        current: without.
-        optimizer: that holds the dense tables, if any does.
-        group: of the model.
-        timeout: of the wait for the slowest rank.
+        current: tables without these states.
+        optimizer: optimizer that holds the dense tables, if any does.
+        group: process group of the model.
+        timeout: time to wait for the slowest rank.
 
     Returns:
-        The tables. The states are views; those that do not belong to rows are left out.
+        The tables. Their states are views; states that do not belong to rows are left out.
     """
     if not current.dense:
         return current
@@ -86,12 +86,12 @@ class Crossing:
     """Tables that the dense optimizer trains before or after they move.
 
     Args:
-        old: the tables to move from.
-        new: the tables to move to; their states have the old ones' form.
-        filled: fqn after -> this rank's shards with the states that they are to have; those of
-            `new` are the same where no conversion is needed.
-        states: fqn after -> what the dense optimizer is to keep of this rank's part of a table.
-        groups: fqn after -> the param group that takes a table from the fused optimizer.
+        old: tables to move from.
+        new: tables to move to; their states have the form of the old tables' states.
+        filled: fqn after -> this rank's shards with their final states; the states in `new` are
+            the same where no conversion is needed.
+        states: fqn after -> final state of this rank's part of the table in the dense optimizer.
+        groups: fqn after -> param group that takes a table from the fused optimizer.
         left: fqns after of the tables that leave the dense optimizer.
     """
 
@@ -107,7 +107,7 @@ class Crossing:
         """Converts the new tables' states, once the tables have moved.
 
         Returns:
-            What the dense optimizer is to take.
+            The states and param groups for the dense optimizer.
         """
         for fqn, shards in self.filled.items():
             for moved, shard in zip(self.new.local[fqn], shards, strict=True):
@@ -127,19 +127,18 @@ def crossing(
 ) -> Crossing:
     """Pairs the dense optimizer's states with the fused ones', before anything moves.
 
-    A table that comes to the dense optimizer goes to the first param group that holds tables of the
-    old model, or, if there is none, to the first that holds dense parameters that survive.
+    A table that moves to the dense optimizer joins the first param group that holds tables of the
+    old model. If there is none, it joins the first group that holds surviving dense parameters.
 
     Args:
-        old: the tables before, from `with_dense_states`.
-        new: the tables after; not changed.
-        cut_map: gives each new table's source.
-        optimizer: of the old model's dense parameters.
-        model: the old one.
+        old: tables before, from `with_dense_states`.
+        new: tables after; not changed.
+        cut_map: map that gives each new table's source.
+        optimizer: optimizer of the old model's dense parameters.
+        model: old model.
 
     Raises:
-        ValueError: if a table would get other states than it has, or the optimizer has no place for
-            it.
+        ValueError: if a table would get different states, or the optimizer has no place for it.
     """
     found = _Search(old, new, cut_map, optimizer, model)
     old_layouts, new_layouts = dict(old.layouts), dict(new.layouts)
@@ -152,7 +151,7 @@ def crossing(
         if not was_dense and not is_dense:
             continue
         if was_dense and is_dense and np.array_equal(old.shards[source], new.shards[fqn]):
-            # Each rank keeps its own, of whatever shape, with the other dense parameters.
+            # Each rank keeps its own states, of any shape, with the other dense parameters.
             old_layouts[source] = replace(before, states={})
             old_local[source] = [replace(shard, states={}) for shard in old.local[source]]
             continue
@@ -185,12 +184,12 @@ def crossing(
 
 
 def converted(state: Tensor, columns: int, by_row: bool) -> Tensor:
-    """A shard's state in the other form.
+    """A shard's state with one value per row, or one per element.
 
     Args:
-        state: (rows,) or (rows, columns).
-        columns: of the shard.
-        by_row: whether one value a row is wanted.
+        state: state to convert, (rows,) or (rows, columns).
+        columns: number of columns in the shard.
+        by_row: whether the result has one value per row.
 
     Returns:
         (rows,) or (rows, columns); may be a view.
@@ -203,10 +202,10 @@ def converted(state: Tensor, columns: int, by_row: bool) -> Tensor:
 def _new_states(
     form: DenseState, shards: list[LocalShard]
 ) -> tuple[dict[str, Any], list[LocalShard]]:
-    """What the dense optimizer keeps of this rank's shards, and the shards with their parts."""
+    """The dense optimizer's state for this rank's shards, and the shards with their parts of it."""
     if not shards:
         return {}, []
-    # All of them lie in one parameter.
+    # All these shards lie in one parameter.
     state = form.zeros(shards[0].parameter)
     return state, [
         replace(shard, states={name: shard.part_of(state[name]) for name in form.by_rows})
@@ -215,7 +214,7 @@ def _new_states(
 
 
 def _in_form_of(before: Layout, shard: LocalShard) -> LocalShard:
-    """The shard with the states that the table had, in other tensors where their form differs."""
+    """The shard with states in the table's old form, in new tensors where the forms differ."""
     states = {}
     # The dense optimizer may not have started, and a shard without rows has no states.
     for name in before.states.keys() & shard.states.keys():
@@ -228,7 +227,7 @@ def _in_form_of(before: Layout, shard: LocalShard) -> LocalShard:
 
 
 def _schedule(old: Tables) -> dict[str, Any]:
-    """Learning rate and scheduler's settings that all fused tables of the old model share."""
+    """Learning rate and scheduler settings, if all fused tables of the old model share them."""
     fused = [layout for fqn, layout in old.layouts.items() if fqn not in old.dense]
     settings = [
         {"learning_rate": layout.learning_rate, "hyperparameters": layout.hyperparameters}
@@ -238,37 +237,37 @@ def _schedule(old: Tables) -> dict[str, Any]:
 
 
 def _check_form(fqn: str, layout: Layout, shards: list[LocalShard]) -> None:
-    """Sees whether the states of a table of the dense optimizer can move."""
+    """Checks that a table's states in the dense optimizer can move."""
     assert layout.form is not None
     if layout.form.odd:
         raise ValueError(
-            f"{fqn} cannot be sharded otherwise: the dense optimizer keeps "
+            f"{fqn} cannot be resharded: the dense optimizer keeps "
             f"{list(layout.form.odd)}, which have no value for each row. Use an optimizer with one "
-            "value an element or a row, or leave the table where it is with "
+            "value per element or per row, or leave the table where it is with "
             'prune(..., replan="sticky")'
         )
     for shard in shards:
         if shard.states.keys() != layout.states.keys():
             raise ValueError(
-                f"{fqn} has the states {sorted(shard.states)} in this rank's optimizer, and "
-                f"{sorted(layout.states)} on the first rank that holds it: train all ranks alike"
+                f"{fqn} has the states {sorted(shard.states)} in this rank's optimizer, but "
+                f"{sorted(layout.states)} on another rank that holds it. Train all ranks alike"
             )
 
 
 def _check_names(fqn: str, form: DenseState, fused: set[str], held_in: ParamGroup) -> None:
     if form.names != fused or form.odd or form.others.keys() & form.names:
         raise ValueError(
-            f"{fqn} changes between dense and fused optimizer: {type(held_in.optimizer).__name__} "
-            f"keeps the states {sorted(form.names)} of it, the fused optimizer {sorted(fused)}. "
-            "Give both the same states, or leave the table where it is: with "
+            f"{fqn} moves between dense and fused optimizer: {type(held_in.optimizer).__name__} "
+            f"keeps the states {sorted(form.names)}, the fused optimizer {sorted(fused)}. Use "
+            "optimizers that keep the same states, or leave the table where it is: use "
             'prune(..., replan="sticky"), or a planner whose ParameterConstraints (PlannerConfig) '
-            "do not have data_parallel and the dense kernel where the old plan had not"
+            "exclude data_parallel and the dense kernel where the old plan did not use them"
         )
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Finds tables in the dense optimizer. Arguments are those of `crossing`."""
+    """Finds tables in the dense optimizer; the arguments are as in `crossing`."""
 
     old: Tables
     new: Tables
@@ -277,7 +276,7 @@ class _Search:
     model: DistributedModelParallel
 
     def check_leaving(self, fqn: str) -> None:
-        """Sees whether the fused optimizer can take the states of a table."""
+        """Checks that the fused optimizer can take a table's states."""
         source = self.cut_map.tensors[fqn].source
         fused = set(self.new.layouts[fqn].states)
         # A rank that does not hold the table has an empty parameter for it.
@@ -286,19 +285,19 @@ class _Search:
             if any(held is parameter for held in held_in.group["params"]):
                 before = self.old.layouts[source]
                 form = before.form
-                if form is None or not form.names:  # As before the first step.
+                if form is None or not form.names:  # No state yet: before the first step.
                     form = sample_state(fqn, held_in, before.dtype, self.model.device)
                 _check_names(fqn, form, fused, held_in)
                 return
         if fused:
             raise ValueError(
-                f"{fqn} goes to the fused optimizer, which keeps {sorted(fused)}, but the "
-                "optimizer given does not hold its parameter: pass the one that trained it, or a "
-                "plan that leaves the table as it is"
+                f"{fqn} moves to the fused optimizer, which keeps {sorted(fused)}, but the given "
+                "optimizer does not hold its parameter. Pass the optimizer that trained the table, "
+                "or a plan that leaves the table where it is"
             )
 
     def destination(self, fqn: str) -> ParamGroup:
-        """Where the dense optimizer takes a table that comes from the fused one."""
+        """The dense optimizer's param group for a table from the fused optimizer."""
         survivors = {
             tensor_cut.source
             for tensor_cut in self.cut_map.tensors.values()
@@ -312,7 +311,7 @@ class _Search:
                 if any(parameter in parameters for parameter in group.group["params"]):
                     return group
         raise ValueError(
-            f"{fqn} comes to the dense optimizer, which has to train it, but no param group of the "
-            "optimizer given holds tables or dense parameters: pass the dense optimizer, too (in a "
-            "CombinedOptimizer), or a plan that leaves the table as it is"
+            f"{fqn} moves to the dense optimizer, which has to train it, but no param group of the "
+            "given optimizer holds tables or dense parameters. Pass the dense optimizer too (in a "
+            "CombinedOptimizer), or a plan that leaves the table where it is"
         )

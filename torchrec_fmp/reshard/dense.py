@@ -16,15 +16,15 @@ from torchrec_fmp.surgery.cut_map import CutMap, TensorCut
 
 @torch.no_grad()
 def fill_dense(model: nn.Module, old_tensors: Mapping[str, Tensor], cut_map: CutMap) -> None:
-    """Replaces the meta parameters of the smaller model by the cut ones, except the tables'.
+    """Replaces the smaller model's meta parameters, except tables, with the cut ones.
 
-    Parameters that were one stay one. What `apply_optimizer_in_backward` set on a parameter is set
-    on its successor, with the optimizer's state cut like the parameter.
+    Shared parameters stay shared. An optimizer that `apply_optimizer_in_backward` set on a
+    parameter is set on its successor, with the optimizer's state cut like the parameter.
 
     Args:
-        model: not yet sharded; changed in place.
+        model: smaller model, not yet sharded; changed in place.
         old_tensors: parameters and buffers of the old model by own fqn, without its tables.
-        cut_map: of `model`.
+        cut_map: CutMap of `model`.
 
     Raises:
         ValueError: if a parameter that several layers share is cut for any of them, or if the state
@@ -55,10 +55,10 @@ def fill_dense(model: nn.Module, old_tensors: Mapping[str, Tensor], cut_map: Cut
 
 
 def check_state(name: str, value: Any, tensor_cut: TensorCut) -> None:
-    """Sees whether a state can be cut: it has its parameter's shape, is a scalar, or stays whole.
+    """Checks that a state has its parameter's shape, is a scalar, or stays whole.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if the state cannot be cut.
     """
     if tensor_cut.columns is None:
         return
@@ -68,16 +68,16 @@ def check_state(name: str, value: Any, tensor_cut: TensorCut) -> None:
                 raise ValueError(
                     f"the optimizer state {name!r} of {tensor_cut.source} has the shape "
                     f"{tuple(tensor.shape)}, not the parameter's {tuple(tensor_cut.source_shape)}, "
-                    "so there is no telling which part belongs to the columns that stay: use an "
-                    "optimizer that keeps one value an element"
+                    "so the part for the kept columns is unknown. Use an optimizer that keeps one "
+                    "value per element"
                 )
 
 
 def cut_state(state: Mapping[str, Any], tensor_cut: TensorCut) -> dict[str, Any]:
-    """An optimizer's state of the successor of a parameter.
+    """An optimizer's state for a parameter's successor.
 
-    States of the parameter's shape are cut, step counters and other scalars copied. Of a parameter
-    that is not cut, everything is copied.
+    States of the parameter's shape are cut; step counters and other scalars are copied. If the
+    parameter is not cut, everything is copied.
 
     Raises:
         ValueError: for a tensor of any other shape, if the parameter is cut.
@@ -95,7 +95,7 @@ def cut_state(state: Mapping[str, Any], tensor_cut: TensorCut) -> dict[str, Any]
 
 
 def _carry_optimizers_in_backward(old: Tensor, new: nn.Parameter, tensor_cut: TensorCut) -> None:
-    """Has the optimizers that run in a parameter's backward pass run in its successor's."""
+    """Sets the optimizers of a parameter's backward pass on its successor."""
     for optimizer, settings in backward_optimizers(old):
         carried = add_backward_optimizer(new, type(optimizer), settings)
         ((group,), (carried_group,)) = optimizer.param_groups, carried.param_groups

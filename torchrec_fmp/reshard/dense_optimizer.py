@@ -37,7 +37,7 @@ _logger = logging.getLogger(__name__)
 
 
 class ParamGroup(NamedTuple):
-    """A param group of a `torch.optim` optimizer, whatever wraps that."""
+    """A param group of a `torch.optim` optimizer, whatever wraps the optimizer."""
 
     optimizer: Optimizer
     group: dict[str, Any]
@@ -45,11 +45,11 @@ class ParamGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class Crossed:
-    """Tables of the dense optimizer, before or after, whose place changes; by own fqn after.
+    """Tables in the dense optimizer, before or after, whose place changes; by own fqn after.
 
     Args:
-        states: what the optimizer keeps of each table that it has now.
-        groups: the param group that takes a table which was in the fused optimizer.
+        states: state of each table that the optimizer holds now.
+        groups: param group of each table that was in the fused optimizer.
         left: tables that are in the fused optimizer now.
     """
 
@@ -59,7 +59,7 @@ class Crossed:
 
 
 class _Arrival(NamedTuple):
-    """A table that comes from the fused optimizer, with its own fqn and that in the model."""
+    """A table from the fused optimizer, with its own fqn and its fqn in the model."""
 
     own: str
     fqn: str
@@ -68,7 +68,7 @@ class _Arrival(NamedTuple):
 
 
 def param_groups(optimizer: Optimizer) -> Iterator[ParamGroup]:
-    """All param groups of an optimizer and of those that it wraps, but for fused ones."""
+    """All param groups of an optimizer and of the optimizers in it, except fused optimizers."""
     if isinstance(optimizer, CombinedOptimizer):
         for _, part in optimizer.optimizers:
             yield from param_groups(part)
@@ -80,18 +80,18 @@ def param_groups(optimizer: Optimizer) -> Iterator[ParamGroup]:
 
 
 def check_optimizer(optimizer: Optimizer, model: DistributedModelParallel, cut_map: CutMap) -> None:
-    """Finds out whether `carry_optimizer` can carry an optimizer, before anything is built.
+    """Checks that `carry_optimizer` can carry an optimizer, before anything is built.
 
     Args:
-        optimizer: of the old model.
-        model: the old model.
-        cut_map: of the smaller model.
+        optimizer: optimizer of the old model.
+        model: old model.
+        cut_map: CutMap of the smaller model.
 
     Raises:
         ValueError: if the optimizer holds a parameter that the model does not have, or a state
             with a shape that cannot be cut.
-        TypeError: for a wrapper or an optimizer that keeps parameters, which are replaced, anywhere
-            but in its param groups.
+        TypeError: for a wrapper or an optimizer that keeps parameters anywhere except in its param
+            groups, because parameters are replaced.
     """
     if optimizer is model.fused_optimizer:
         return
@@ -118,28 +118,28 @@ def carry_optimizer(
 ) -> Callable[[], Optimizer]:
     """Prepares the optimizer of the new model: groups, hyperparameters, cut states, step counters.
 
-    Takes every `torch.optim` optimizer, whose states are scalars or have the parameter's shape (a
-    parameter that is not cut may have any), and TorchRec's `KeyedOptimizerWrapper`,
-    `CombinedOptimizer`, `WarmupOptimizer` and `GradientClippingOptimizer` around them. Parameters
-    that do not survive, such as gates, are left out. The keys of a `KeyedOptimizer` stay, except
-    where they end in the parameter's fqn, which is replaced by the new one. Gates of the new model
-    are left out, too.
+    Supports every `torch.optim` optimizer whose states are scalars or have the parameter's shape;
+    the states of a parameter that is not cut may have any shape. Also supports TorchRec's
+    `KeyedOptimizerWrapper`, `CombinedOptimizer`, `WarmupOptimizer` and `GradientClippingOptimizer`
+    around these optimizers. Parameters that do not survive, such as gates, are left out, and so are
+    the gates of the new model. A `KeyedOptimizer` keeps its keys, except that the parameter's fqn
+    at the end of a key is replaced by the new fqn.
 
     Args:
-        optimizer: of the old model.
-        old: the old model.
-        new: the new model.
-        cut_map: of the new model.
+        optimizer: optimizer of the old model.
+        old: old model.
+        new: new model.
+        cut_map: CutMap of the new model.
         crossed: tables whose place changes; see `crossing.crossing`.
 
     Returns:
         A function that changes the optimizer in place, so that learning-rate schedulers and hooks
-        that refer to it continue to work, and returns what to use from now on. Until it is called,
-        the optimizer is the old model's.
+        that refer to it continue to work. The function returns the optimizer to use from now on.
+        Until the call, the optimizer belongs to the old model.
 
     Raises:
-        ValueError: as `check_optimizer`.
-        TypeError: as `check_optimizer`.
+        ValueError: see `check_optimizer`.
+        TypeError: see `check_optimizer`.
     """
     check_optimizer(optimizer, old, cut_map)
     carriage = _Carriage.of(old, new, cut_map, crossed or Crossed())
@@ -150,8 +150,8 @@ def carry_optimizer(
         carried = prepared()
         if groups_before and len(carried.param_groups) != groups_before:
             _logger.warning(
-                "the optimizer had %d param groups and has %d: a scheduler that keeps a list with "
-                "an entry for each, such as LambdaLR, must be created again",
+                "the optimizer had %d param groups and now has %d: a scheduler that keeps a list "
+                "with an entry for each, such as LambdaLR, must be created again",
                 groups_before,
                 len(carried.param_groups),
             )
@@ -161,14 +161,14 @@ def carry_optimizer(
 
 
 class _Successor(NamedTuple):
-    """What becomes of a parameter.
+    """The successor of a parameter.
 
     Args:
-        parameter: of the new model.
-        tensor_cut: what it is made of.
-        own: its own fqn in the new model.
-        old_fqn: of the old parameter, in the old model.
-        new_fqn: of the new one, in the new model; with gates' wrappers, as the old one's.
+        parameter: parameter of the new model.
+        tensor_cut: cut that makes the new parameter from the old one.
+        own: own fqn of the new parameter.
+        old_fqn: fqn of the old parameter in the old model, including gates' wrappers.
+        new_fqn: fqn of the new parameter in the new model, including gates' wrappers.
     """
 
     parameter: nn.Parameter
@@ -180,15 +180,15 @@ class _Successor(NamedTuple):
 
 @dataclass(frozen=True)
 class _Carriage:
-    """What is carried from one model's optimizers to the other's.
+    """The data to carry from one model's optimizers to the other's.
 
     Args:
-        old_fused: the old model's fused optimizer.
-        new_fused: the new model's.
+        old_fused: fused optimizer of the old model.
+        new_fused: fused optimizer of the new model.
         successors: parameter of the old model -> its successor, except for tables of a fused
             optimizer.
         arrivals: tables that come from the fused optimizer.
-        states: own fqn of a table -> what the dense optimizer keeps of it.
+        states: own fqn of a table -> its state in the dense optimizer.
     """
 
     old_fused: Optimizer
@@ -210,7 +210,7 @@ class _Carriage:
             tensor_cut = cut_map.tensors.get(own)
             if tensor_cut is None or own in crossed.groups or own in crossed.left:
                 continue
-            # A rank that does not hold a sharded table has no parameter of it.
+            # A rank that does not hold a sharded table has no parameter for it.
             if tensor_cut.source in before:
                 old_fqn, source = before[tensor_cut.source]
                 successors[source] = _Successor(parameter, tensor_cut, own, old_fqn, new_fqn)
@@ -220,7 +220,7 @@ class _Carriage:
         )
 
     def prepare(self, optimizer: Optimizer) -> Callable[[], Optimizer]:
-        """Does the work that can fail; what it returns changes the optimizer."""
+        """Does the work that can fail; the returned function changes the optimizer."""
         if optimizer is self.old_fused:
             return lambda: self.new_fused
         if isinstance(optimizer, CombinedOptimizer):
@@ -300,7 +300,7 @@ def _prepare_wrapper(
 
 
 def _own(optimizer: OptimizerWrapper) -> tuple[dict[str, Tensor], dict[Tensor, dict[str, Any]]]:
-    """What a warm-up keeps among the parameters and states of the optimizer that it wraps."""
+    """A warm-up's own entries among the parameters and states of its wrapped optimizer."""
     if not isinstance(optimizer, WarmupOptimizer):
         return {}, {}
     own = warmup_parameter(optimizer)
@@ -311,13 +311,13 @@ def _own(optimizer: OptimizerWrapper) -> tuple[dict[str, Tensor], dict[Tensor, d
 def _check_wrapper(optimizer: OptimizerWrapper) -> None:
     if type(optimizer) not in (OptimizerWrapper, WarmupOptimizer, GradientClippingOptimizer):
         raise TypeError(
-            f"{type(optimizer).__name__} may keep parameters that are replaced: pass the optimizer "
-            "that it wraps, and wrap the returned one again"
+            f"{type(optimizer).__name__} may keep parameters, which pruning replaces: pass the "
+            "optimizer that it wraps, and wrap the returned optimizer again"
         )
     if isinstance(optimizer, GradientClippingOptimizer) and clips_sharded_parameters(optimizer):
         raise ValueError(
-            "the GradientClippingOptimizer clips sharded parameters, which are replaced: pass the "
-            "optimizer that it wraps, and wrap the returned one again"
+            "the GradientClippingOptimizer clips sharded parameters, which pruning replaces: pass "
+            "the optimizer that it wraps, and wrap the returned optimizer again"
         )
 
 
@@ -332,8 +332,8 @@ def _check_plain(
             continue
         if any(isinstance(leaf, nn.Parameter) for leaf in tree_leaves(value)):
             raise TypeError(
-                f"{type(plain).__name__} keeps parameters in its attribute {attribute}, and they "
-                "are replaced: use an optimizer whose states are of one parameter each"
+                f"{type(plain).__name__} keeps parameters in its attribute {attribute}, and "
+                "pruning replaces them: use an optimizer whose states each belong to one parameter"
             )
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -1,4 +1,4 @@
-"""What a dense optimizer keeps of a parameter: its form, which all ranks can know."""
+"""The form of a dense optimizer's state of a parameter, which all ranks can know."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchrec_fmp.reshard.dense_optimizer import ParamGroup
 
-# Rows and columns of a parameter that shows which states an optimizer keeps.
+# Rows and columns of a sample parameter, which shows an optimizer's states.
 _SAMPLE = (2, 3)
 
 
@@ -21,9 +21,9 @@ class DenseState:
     """The form of an optimizer's state of a table, without the values that belong to rows.
 
     Args:
-        by_rows: name -> no rows of it, (0, columns), (0, 1) or (0,), on the CPU.
+        by_rows: name -> empty tensor, (0, columns), (0, 1) or (0,), on the CPU.
         others: name -> step counters and other values of the whole table, on the CPU.
-        on_device: those of `others` that lie where the weight does, if that is not the CPU.
+        on_device: names in `others` whose values lie on the weight's device, if it is not the CPU.
         odd: names of tensors that do not belong to rows.
     """
 
@@ -34,7 +34,7 @@ class DenseState:
 
     @staticmethod
     def of(shape: torch.Size, state: Mapping[str, Any]) -> DenseState:
-        """The form of the state of a parameter of that shape."""
+        """The form of a state, for a parameter of the given shape."""
         by_rows: dict[str, Tensor] = {}
         others: dict[str, Any] = {}
         odd = []
@@ -52,25 +52,25 @@ class DenseState:
 
     @property
     def names(self) -> set[str]:
-        """Of all states but the step and those that are None."""
+        """Names of all states except the step and states that are None."""
         others = {name for name, value in self.others.items() if value is not None}
         return {*self.by_rows, *others, *self.odd} - {"step"}
 
     @property
     def step(self) -> int:
-        """0 if the optimizer does not count."""
+        """Step of the optimizer; 0 if the optimizer does not count steps."""
         return int(self.others.get("step", 0))
 
     @property
     def layout(self) -> dict[str, tuple[torch.dtype, bool]]:
-        """`Layout.states`."""
+        """The states in the form of `Layout.states`."""
         return {
             name: (empty.dtype, empty.shape[1:].numel() == 1)
             for name, empty in sorted(self.by_rows.items())
         }
 
     def at(self, step: int) -> DenseState:
-        """The same with another step, if the optimizer counts."""
+        """The same form with another step, if the optimizer counts steps."""
         if "step" not in self.others:
             return self
         kept = self.others["step"]
@@ -78,7 +78,7 @@ class DenseState:
         return DenseState(self.by_rows, {**self.others, "step": now}, self.on_device, self.odd)
 
     def zeros(self, parameter: Tensor) -> dict[str, Any]:
-        """The state of a parameter (rows, columns), zero where it belongs to rows."""
+        """The state of a parameter (rows, columns); values that belong to rows are zero."""
         width = parameter.shape[1]
         state: dict[str, Any] = {
             name: torch.zeros(
@@ -99,10 +99,10 @@ class DenseState:
 def sample_state(
     fqn: str, held_in: ParamGroup, dtype: torch.dtype, device: torch.device
 ) -> DenseState:
-    """What the optimizer keeps of a parameter in that group, tried out with a small one.
+    """The state that an optimizer keeps in a param group, found by a trial with a small parameter.
 
     Raises:
-        ValueError: if the optimizer cannot be made from its group's settings.
+        ValueError: if the optimizer cannot be created from its group's settings.
     """
     kind = type(held_in.optimizer)
     parameter = nn.Parameter(torch.zeros(_SAMPLE, dtype=dtype, device=device))
@@ -114,8 +114,8 @@ def sample_state(
         optimizer.step()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{fqn} cannot change between the dense and the fused optimizer with {kind.__name__}: "
-            f"which states it keeps could not be tried out ({error}). Pass a plan that leaves the "
-            "table as it is"
+            f"{fqn} cannot move between the dense and the fused optimizer: a trial of "
+            f"{kind.__name__} to find its states failed ({error}). Pass a plan that leaves the "
+            "table where it is"
         ) from error
     return DenseState.of(parameter.shape, optimizer.state[parameter])

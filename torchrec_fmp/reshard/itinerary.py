@@ -1,4 +1,4 @@
-"""What one rank has to do to fill the new tables: copies, and parts to and from other ranks."""
+"""One rank's work to fill the new tables: copies, and parts to and from other ranks."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torchrec_fmp.reshard.chunks import Part
 from torchrec_fmp.reshard.tables import Tables
 from torchrec_fmp.reshard.transfer_plan import plan_transfers
 
-# States of row-wise Adagrad with counted weight decay that are equal in all column shards of a row,
-# so that any of them will do.
+# Row-wise Adagrad with counted weight decay keeps these states equal in all column shards of a row,
+# so any shard's value will do.
 _COUNTERS = ("prev_iter", "row_counter")
 
 
 @dataclass
 class Itinerary:
-    """What one rank has to do: copies where it is, and parts to and from each other rank.
+    """One rank's work: local copies, and parts to and from each other rank.
 
-    The parts for a rank are in the order in which it expects them.
+    The parts for a rank are in the order in which that rank expects them.
     """
 
     local: list[tuple[Part, Part]] = field(default_factory=list)
@@ -34,11 +34,11 @@ class Itinerary:
 
 @dataclass(frozen=True)
 class _End:
-    """One table, at one end of its way.
+    """One table, at one end of its move.
 
     Args:
-        shards: of all ranks, of dtype `SHARD`.
-        held: this rank's, by the part of the table that each is.
+        shards: shards on all ranks, of dtype `SHARD`.
+        held: this rank's shards, by the part of the table that each holds.
     """
 
     shards: NDArray[np.void]
@@ -54,13 +54,13 @@ class _End:
 
 
 def itinerary(old: Tables, new: Tables, moved: Iterable[tuple[str, str]], rank: int) -> Itinerary:
-    """What this rank has to do to fill the new tables.
+    """This rank's work to fill the new tables.
 
     Args:
-        old: before.
-        new: after; states that are merged from several column shards are set to zero.
-        moved: (fqn before, fqn after) of every table that survives.
-        rank: this one.
+        old: tables before.
+        new: tables after; states that are merged from several column shards are set to zero.
+        moved: pair (fqn before, fqn after) of every table that survives.
+        rank: this rank.
     """
     todo = Itinerary()
     for source, target in moved:
@@ -108,6 +108,6 @@ def _parts(shard: LocalShard, box: Box, share: float) -> list[Part]:
 
 
 def copy_local(todo: Itinerary) -> None:
-    """Does the part of the work that needs no other rank."""
+    """Does the copies, which need no other rank."""
     for source, target in todo.local:
         target.accept(source.view)

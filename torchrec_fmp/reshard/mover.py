@@ -1,9 +1,9 @@
 """Exchanges parts of tables between ranks, in messages of bounded size.
 
-Ranks exchange in rounds: in round (d, n) every rank sends the n-th message for the rank d places
-after it, and receives the n-th from the rank d places before it. All ranks go through the rounds in
-the same order, and the two messages of a round wait for nothing else, so there is no deadlock. A
-round is begun before the one before it is over, so that the link is never idle.
+Ranks exchange in rounds. In round (d, n) every rank sends the n-th message for the rank d places
+after it, and receives the n-th message from the rank d places before it. All ranks take the rounds
+in the same order, and the two messages of a round wait for nothing else, so there is no deadlock. A
+round begins before the previous round ends, so that the link is never idle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ROUNDS_UNDER_WAY = 2
 
 
 class CorruptionError(RuntimeError):
-    """What arrived is not what was sent."""
+    """A received message differs from the message that was sent."""
 
 
 def exchange(
@@ -38,19 +38,19 @@ def exchange(
     check: Callable[[], None],
     lease: Lease | None = None,
 ) -> None:
-    """Sends and receives everything that goes from rank to rank.
+    """Sends and receives everything that moves from rank to rank.
 
     Collective. Besides the tables it needs at most `chunk_bytes`.
 
     Args:
         todo: this rank's itinerary.
-        group: the ranks that exchange.
-        device: that the group communicates on.
-        chunk_bytes: of all messages that are under way together.
-        checksums: send a CRC-32 after each message and compare.
-        check: called between rounds; raises if the exchange is to end.
-        lease: on the new tables, where they may be freed before an exchange that was given up has
-            ended. Nothing is then received in its place, which no lease could hold off.
+        group: process group of the ranks that exchange.
+        device: device that the group communicates on.
+        chunk_bytes: bytes of all messages in flight at once.
+        checksums: whether to send a CRC-32 after each message and compare it.
+        check: function called between rounds; raises if the exchange is to end.
+        lease: lease on the new tables, if they may be freed before an abandoned exchange has ended.
+            Messages are then never received in place, because no lease could delay that.
 
     Raises:
         CorruptionError: if a checksum differs.
@@ -71,7 +71,7 @@ def exchange(
 def _messages(
     todo: Itinerary, group: dist.ProcessGroup, size: int
 ) -> Iterator[tuple[Sequence[Part], Sequence[Part], tuple[int, int]]]:
-    """What leaves, what arrives, and the ranks of both, round by round."""
+    """The outgoing parts, the incoming parts, and the ranks of both, round by round."""
     rank, world_size = dist.get_rank(group), group.size()
     for distance in range(1, world_size):
         to, origin = (rank + distance) % world_size, (rank - distance) % world_size
@@ -84,7 +84,7 @@ def _messages(
 
 
 class _Buffers:
-    """Of one message each way, made when a message cannot be sent from or received in its place."""
+    """Buffers for one message each way, made when a message cannot be sent or received in place."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self.device = device
@@ -100,7 +100,7 @@ class _Buffers:
 
 
 class _Round:
-    """A message each way, under way."""
+    """One message each way, in flight."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Round:
             self._works = dist.batch_isend_irecv(operations)
 
     def finish(self) -> None:
-        """Waits for both messages and writes what arrived into its place."""
+        """Waits for both messages and writes the received one into its place."""
         with self._peers_may_be_lost():
             for work in self._works:
                 work.wait()
@@ -153,8 +153,8 @@ class _Round:
         if self._checksum is not None and _checksum(self._received) != int(self._checksum):
             names = "; ".join(dict.fromkeys(part.name for part in self._arriving))
             raise CorruptionError(
-                f"from rank {self._peers[1]} to rank {self._rank} arrived something else than was "
-                f"sent: {names}"
+                f"the message from rank {self._peers[1]} to rank {self._rank} does not match its "
+                f"checksum: {names}"
             )
         if not self._in_place:
             with self._lease.writing() if self._lease else nullcontext():

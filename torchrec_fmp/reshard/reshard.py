@@ -24,14 +24,14 @@ class MoveConfig:
     """How tables move from rank to rank.
 
     Args:
-        staging: `none` keeps the old tables where they are until the new ones are whole; `host`
-            brings them to host memory and frees the device's before the new ones are built (a CPU's
-            go into a memory-mapped file); `auto` stages only where old and new tables do not fit
-            side by side by the planner's figures.
+        staging: place of the old tables during the move. `none` leaves them where they are until
+            the new ones are complete. `host` moves them to host memory (a CPU's into a
+            memory-mapped file) and frees device memory before the new ones are built. `auto` stages
+            only where old and new tables do not fit side by side by the planner's figures.
         chunk_bytes: memory that messages between ranks may take on each rank, in bytes.
-        checksums: compare a CRC-32 of each message, to find a network or a memory that corrupts
-            data; costs about a second per GB.
-        timeout_seconds: of a message, and of the wait for the slowest rank.
+        checksums: whether to compare a CRC-32 of each message, to find a network or a memory that
+            corrupts data; costs about a second per GB.
+        timeout_seconds: timeout of a message, and of the wait for the slowest rank.
 
     Raises:
         ValueError: if a number is not positive.
@@ -51,12 +51,12 @@ class MoveConfig:
 
     @property
     def timeout(self) -> timedelta:
-        """`timeout_seconds`."""
+        """`timeout_seconds` as a timedelta."""
         return timedelta(seconds=self.timeout_seconds)
 
 
 def check_layouts(old: Tables, new: Tables, cut_map: CutMap) -> None:
-    """Sees that old and new tables keep the same states; the same on every rank.
+    """Checks that old and new tables keep the same states; the outcome is the same on every rank.
 
     Raises:
         ValueError: if a table's dtype or optimizer states would change.
@@ -66,7 +66,7 @@ def check_layouts(old: Tables, new: Tables, cut_map: CutMap) -> None:
         if layout.dtype != before.dtype or layout.states != before.states:
             raise ValueError(
                 f"{fqn} has a weight of {layout.dtype} with the optimizer states "
-                f"{dict(layout.states)} where the old table has {before.dtype} with "
+                f"{dict(layout.states)}, but the old table has {before.dtype} with "
                 f"{dict(before.states)}: dtype and fused optimizer must not change"
             )
 
@@ -83,24 +83,24 @@ def reshard_tables(
 ) -> None:
     """Moves every surviving table and its optimizer state; sets step counters and hyperparameters.
 
-    Collective. The ranks exchange through a process group of their own, so that a failure leaves
-    `group` as it was.
+    Collective. The ranks exchange through a separate process group, so that a failure leaves
+    `group` unchanged.
 
     Args:
-        old: the tables before; not changed.
-        new: the tables after; overwritten.
-        cut_map: gives each new table's source and folded gate.
-        group: of the models.
-        device: that the group communicates on.
-        config: how.
-        lease: on the new tables, to be ended before they are freed after a failure.
+        old: tables before; not changed.
+        new: tables after; overwritten.
+        cut_map: map that gives each new table's source and folded gate.
+        group: process group of the models.
+        device: device that the group communicates on.
+        config: options of the move.
+        lease: lease on the new tables, to be ended before they are freed after a failure.
 
     Raises:
-        RuntimeError: if a rank fails, or does not answer in time; on every rank.
-        CorruptionError: on the rank that received something else than was sent.
+        RuntimeError: on every rank, if a rank fails or does not answer in time.
+        CorruptionError: on the rank that received a corrupted message.
     """
     moved = [(cut_map.tensors[fqn].source, fqn) for fqn in new.shards]
-    # The ranks agree before any of them leaves the group: one that has nothing to exchange would
+    # The ranks agree before any of them leaves the group: a rank with nothing to exchange would
     # close connections that others are still making.
     with (
         _own_group(group, config.timeout) as own,
@@ -124,34 +124,34 @@ def _exchange(
     device: torch.device,
     config: MoveConfig,
     lease: Lease | None,
-    go_on: Callable[[], None],
+    proceed: Callable[[], None],
 ) -> None:
-    """The exchange, in a thread: which GPU and whether gradients are recorded is a thread's own."""
+    """The exchange, in a thread: each thread has its own current GPU and gradient mode."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # What the other threads have put on the GPU's streams comes first.
+        # Work that other threads have put on the GPU's streams comes first.
         torch.cuda.synchronize(device)
     with torch.no_grad():
-        exchange(todo, group, device, config.chunk_bytes, config.checksums, go_on, lease)
+        exchange(todo, group, device, config.chunk_bytes, config.checksums, proceed, lease)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def _own_group(group: dist.ProcessGroup, timeout: timedelta) -> Iterator[dist.ProcessGroup | None]:
-    """A group of the same ranks, which is given up if anything fails; None for a single rank."""
+    """A second group of the same ranks, abandoned if anything fails; None for a single rank."""
     if group.size() == 1:
         yield None
         return
     ranks = dist.get_process_group_ranks(group)
-    # A part of the ranks can make a group on its own only under a name that is made of them, which
-    # must not be used again: its addresses stay in the store. So that group is left to the exit.
+    # A subset of the ranks can create a group alone only under a name made of its ranks. The name
+    # must not be used again, because its addresses stay in the store: keep the group until exit.
     of_all = len(ranks) == dist.get_world_size()
     own = dist.new_group(ranks, timeout=timeout, use_local_synchronization=not of_all)
     try:
         yield own
     except BaseException:
-        # Ends what NCCL has under way; what gloo has ends by the timeout.
+        # Ends NCCL's transfers; gloo's transfers end by the timeout.
         own.abort()
         raise
     if of_all:
@@ -159,7 +159,7 @@ def _own_group(group: dist.ProcessGroup, timeout: timedelta) -> Iterator[dist.Pr
 
 
 def _carry_progress(old: Tables, new: Tables, cut_map: CutMap) -> None:
-    """Gives each new kernel the step counter and the hyperparameters of its tables."""
+    """Gives each new kernel the step counter and hyperparameters of its tables."""
     steps: dict[int, int] = {}
     for fqn, shards in new.local.items():
         layout = old.layouts[cut_map.tensors[fqn].source]
@@ -167,7 +167,7 @@ def _carry_progress(old: Tables, new: Tables, cut_map: CutMap) -> None:
             if not shard.is_fused:
                 continue
             kernel = shard.kernel
-            # The tables of a kernel share a counter; tables that met in it have been trained alike.
+            # The tables of a kernel share a counter; tables that now share it were trained alike.
             steps[id(kernel)] = max(steps.get(id(kernel), 0), layout.step)
             kernel.emb_module.set_optimizer_step(steps[id(kernel)])
             if layout.hyperparameters:

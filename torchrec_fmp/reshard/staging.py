@@ -17,13 +17,13 @@ from torchrec_fmp.reshard.tables import Tables, storages
 class HostStage:
     """A model's tables, moved to host memory; the model cannot run until they are restored.
 
-    The memory is taken from under the model's own tensors, and given back the same way, so
-    everything that refers to them stays valid. Tables that the dense optimizer trains stay where
-    they are, as do those that FBGEMM keeps in host memory (UVM). The tables of a CPU's model are
-    in host memory already: they go into a memory-mapped file.
+    The memory is taken from under the model's own tensors and given back the same way, so all
+    references to the tensors stay valid. Tables that the dense optimizer trains stay where they
+    are, and so do tables that FBGEMM keeps in host memory (UVM). The tables of a CPU's model are in
+    host memory already: they move to a memory-mapped file.
 
     Args:
-        tables: of the model.
+        tables: tables of the model.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -57,7 +57,7 @@ class HostStage:
 
 
 def release(shards: Iterable[LocalShard]) -> None:
-    """Frees the memory of the tables, whatever still refers to them; they are of no use then."""
+    """Frees the tables' memory, whatever still refers to it; the tables are unusable afterwards."""
     for tensor in storages(shard for shard in shards if shard.is_fused):
         if not _is_unified(tensor):
             tensor.untyped_storage().resize_(0)
@@ -84,7 +84,7 @@ def _host_memory(size: int, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.empty(size, dtype=torch.uint8)
     with tempfile.NamedTemporaryFile(prefix="torchrec_fmp_") as file:
-        # Raises where the disk has no room; writing to a mapped hole would end the process instead.
+        # Raises if the disk is full; writing to a mapped hole would kill the process instead.
         os.posix_fallocate(file.fileno(), 0, size)
-        # The mapping keeps the file's blocks until it is gone, although its name is removed.
+        # The mapping keeps the file's blocks until it is gone, although the name is removed.
         return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""All tables of a sharded model: what every rank knows of them, and what this rank holds."""
+"""All tables of a sharded model: facts that every rank knows, and this rank's shards."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Layout:
-    """What is kept of a table, the same on all its ranks.
+    """The form of a table and its optimizer state, the same on all its ranks.
 
     Args:
-        dtype: of the weight.
-        states: of the optimizer by name: dtype, and whether there is one value a row (True) or one
-            an element. Empty for a table of the dense optimizer, until `with_dense_states` has read
-            them there.
-        step: of the optimizer.
-        learning_rate: that the kernel used last. The parameter group's may be ahead of it, because
-            a scheduler steps last.
-        hyperparameters: of the fused optimizer's parameter group.
-        form: of what the dense optimizer keeps, once it has been read there.
+        dtype: dtype of the weight.
+        states: optimizer states by name: dtype, and whether there is one value per row (True) or
+            one per element. Empty for a table of the dense optimizer, until `with_dense_states` has
+            read the states there.
+        step: step of the optimizer.
+        learning_rate: learning rate that the kernel used last. The parameter group's may be ahead
+            of it, because a scheduler steps last.
+        hyperparameters: hyperparameters of the fused optimizer's parameter group.
+        form: form of the dense optimizer's state, once it has been read there.
     """
 
     dtype: torch.dtype
@@ -62,13 +62,13 @@ class Layout:
 
     @property
     def bytes_per_element(self) -> int:
-        """Of the weight and the states of its shape."""
+        """Bytes per element of the weight and the states of its shape."""
         states = [dtype.itemsize for dtype, by_row in self.states.values() if not by_row]
         return self.dtype.itemsize + sum(states)
 
     @property
     def bytes_per_row(self) -> int:
-        """Of the states with one value a row."""
+        """Bytes per row of the states with one value per row."""
         return sum(dtype.itemsize for dtype, by_row in self.states.values() if by_row)
 
 
@@ -80,7 +80,7 @@ class Tables:
         shards: all ranks' shards, (S,) of dtype `SHARD`.
         dense: tables whose shards are parameters of the dense optimizer: data-parallel ones, and
             sharded ones on the dense kernel.
-        layouts: what is kept of each.
+        layouts: layout of each table.
         local: this rank's shards.
     """
 
@@ -97,7 +97,7 @@ class Tables:
         return sum(tensor.nbytes for shard in self for tensor in shard.tensors.values())
 
     def change(self, function: Callable[[str, LocalShard], LocalShard]) -> Tables:
-        """The same with `function(fqn, shard)` in the place of every local shard."""
+        """A copy with every local shard replaced by `function(fqn, shard)`."""
         local = {
             fqn: [function(fqn, shard) for shard in shards] for fqn, shards in self.local.items()
         }
@@ -105,9 +105,9 @@ class Tables:
 
 
 def tables(model: nn.Module, group: dist.ProcessGroup, timeout: timedelta) -> Tables:
-    """Takes stock of a sharded model.
+    """The tables of a sharded model.
 
-    Collective: a rank may hold nothing of a table, so its layout, a few numbers, is gathered.
+    Collective: a rank may hold no part of a table, so the layouts, a few numbers, are gathered.
 
     Raises:
         TypeError: for a compute kernel whose tables cannot be moved.
@@ -145,21 +145,21 @@ def from_one_rank_each(
     group: dist.ProcessGroup,
     timeout: timedelta,
 ) -> dict[str, _T]:
-    """What one rank that holds a table says of it, on every rank.
+    """For each table, the answer of one rank that holds it, on every rank.
 
-    Collective. With as many as hold it, a thousand ranks would send a million answers; with the
-    first one always, rank 0 would send nearly all, and a gather makes room for the longest from
-    each. So the tables' holders take turns.
+    Collective. If every holder answered, a thousand ranks would send a million answers. If the
+    first holder always answered, rank 0 would send nearly all answers, and a gather makes room for
+    the longest from each rank. So the tables' holders take turns.
 
     Args:
         shards: fqn -> all ranks' shards.
-        say: called with the fqn where this rank is the one.
-        group: all ranks.
-        timeout: for the slowest rank.
+        say: function of the fqn, called where this rank answers.
+        group: process group of all ranks.
+        timeout: time to wait for the slowest rank.
     """
     rank = dist.get_rank(group)
     with all_or_none("asking one rank of each table", group, timeout):
-        # Sorted, because ranks need not have put them in one order.
+        # Sorted, because ranks need not have the tables in the same order.
         mine = {
             name: say(name)
             for index, name in enumerate(sorted(shards))
@@ -174,9 +174,9 @@ class TableShape(NamedTuple):
     """A table of an unsharded model.
 
     Args:
-        fqn: of the weight.
+        fqn: fqn of the weight.
         collection: fqn of the collection.
-        table: name.
+        table: name of the table.
         rows: number of embeddings.
         columns: embedding dimension.
     """
@@ -203,13 +203,13 @@ def table_shapes(model: nn.Module) -> list[TableShape]:
 def planned_moves(
     old: Tables, plan: ShardingPlan, smaller: nn.Module, cut_map: CutMap, world_size: int
 ) -> list[TableMove]:
-    """The way of every surviving table from where it is to where the plan has it.
+    """The move of every surviving table from its current place to its place in the plan.
 
     Args:
-        old: the tables before.
-        plan: for the smaller model.
-        smaller: the smaller model, not sharded.
-        cut_map: gives each new table's source.
+        old: tables before.
+        plan: plan for the smaller model.
+        smaller: smaller model, not sharded.
+        cut_map: map that gives each new table's source.
         world_size: number of ranks.
     """
     moves = []
@@ -237,7 +237,7 @@ def _layout(shard: LocalShard) -> Layout:
 
 
 def storages(shards: Iterable[LocalShard]) -> list[Tensor]:
-    """One tensor for every storage that the shards' weights and states lie in."""
+    """One tensor per storage of the shards' weights and states."""
     distinct = {
         tensor.untyped_storage().data_ptr(): tensor
         for shard in shards

@@ -1,4 +1,4 @@
-"""The transfer plan: which part of which table goes from which rank to which.
+"""The transfer plan: which part of which table moves from which rank to which.
 
 Pure functions of shard metadata, so every rank computes the same plan without communication.
 """
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.void]
 Integers = NDArray[np.int64]
 
-# A box that goes from one shard to another, which may lie on the same rank; `source` and `target`
-# are positions in the lists of shards.
+# A box that moves from one shard to another, possibly on the same rank; `source` and `target` are
+# positions in the lists of shards.
 TRANSFER = np.dtype(
     [
         (name, np.int64)
@@ -29,14 +29,14 @@ TRANSFER = np.dtype(
 
 @dataclass(frozen=True)
 class TableMove:
-    """One table's way from the old plan to the new one.
+    """One table's move from the old plan to the new one.
 
     Args:
-        table: its fqn.
-        sources: (S,) shards before, of dtype `SHARD`.
-        targets: (T,) shards after, the same.
-        bytes_per_element: of the weight and of the states of the weight's shape.
-        bytes_per_row: of the states with one value a row.
+        table: fqn of the table.
+        sources: shards before, (S,) of dtype `SHARD`.
+        targets: shards after, (T,) of dtype `SHARD`.
+        bytes_per_element: bytes per element of the weight and of the states of the weight's shape.
+        bytes_per_row: bytes per row of the states with one value per row.
     """
 
     table: str
@@ -49,12 +49,12 @@ class TableMove:
 def plan_transfers(sources: Array, targets: Array) -> Array:
     """Covers every element of every target shard exactly once.
 
-    Where several ranks hold the same box (a data-parallel table), a target is served by its own
-    rank, or else by the ranks that hold it in turn.
+    Several ranks may hold the same box (a data-parallel table). A target is then served by its own
+    rank if that rank holds the box, and otherwise by the holders in turn.
 
     Args:
-        sources: (S,) of dtype `SHARD`.
-        targets: (T,) of dtype `SHARD`.
+        sources: shards before, (S,) of dtype `SHARD`.
+        targets: shards after, (T,) of dtype `SHARD`.
 
     Returns:
         (N,) of dtype `TRANSFER`, ordered by target, row and column.
@@ -93,8 +93,8 @@ def link_bytes(moves: Iterable[TableMove], world_size: int) -> Integers:
     """Bytes from every rank to every rank.
 
     Returns:
-        (world_size, world_size) int64, [i, j] from rank i to rank j; the diagonal is copied where
-        it is.
+        (world_size, world_size) int64, [i, j] from rank i to rank j; the diagonal is copied within
+        the rank.
     """
     total = np.zeros((world_size, world_size), dtype=np.int64)
     for move in moves:
@@ -106,10 +106,10 @@ def link_bytes(moves: Iterable[TableMove], world_size: int) -> Integers:
 
 
 def _overlaps(boxes: Array, others: Array) -> tuple[Integers, Integers]:
-    """Positions of every pair of a box and another that share an element.
+    """Positions in `boxes` and `others` of every pair that shares an element.
 
-    The boxes of each band of columns are sorted by row, so that finding those that a row range
-    meets takes two binary searches.
+    The boxes of each band of columns are sorted by row, so two binary searches find the boxes that
+    a row range meets.
     """
     pairs: list[tuple[Integers, Integers]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64))]
     for column, columns, members in _bands(boxes):
@@ -122,7 +122,7 @@ def _overlaps(boxes: Array, others: Array) -> tuple[Integers, Integers]:
         first = np.searchsorted(ends, others["row"][near], side="right")
         last = np.searchsorted(starts, others["row"][near] + others["rows"][near], side="left")
         counts = last - first
-        # 0, 1, ... within the boxes that each of the others meets.
+        # Counts 0, 1, ... within the boxes that each other box meets.
         step = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         pairs.append((order[np.repeat(first, counts) + step], np.repeat(near, counts)))
     found, met = zip(*pairs, strict=True)
@@ -148,7 +148,7 @@ def _check_disjoint(boxes: Array) -> None:
 
 
 def _holders(sources: Array, box_of: Integers, box: Integers, transfers: Array) -> Integers:
-    """Which of the ranks that hold a transfer's box serves it."""
+    """The source shard that serves each transfer, among the shards that hold its box."""
     chosen = np.empty(len(transfers), dtype=np.int64)
     ranks_of: dict[int, Integers] = {}
     for position, (index, target_rank) in enumerate(

@@ -1,1 +1,1 @@
-"""Scorers: feature -> importance. Every scorer gives the same `FeatureScores`."""
+"""Scorers: feature -> importance. Every scorer returns `FeatureScores`."""

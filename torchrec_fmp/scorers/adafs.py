@@ -1,4 +1,4 @@
-"""AdaFS: a controller that weighs the features of each example."""
+"""AdaFS: a controller that weights the features of each example."""
 
 from __future__ import annotations
 
@@ -25,24 +25,26 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class AdaFsScorer(Scorer):
-    """Weights of each example's features, from an MLP over all; the score is the mean weight.
+    """Weights each example's features by an MLP over all features; the score is the mean weight.
 
     Lin et al. 2022, "AdaFS: Adaptive Feature Selection in Deep Recommender System" (KDD), the hard
-    variant: softmax weights, of which the `keep` largest of an example stay, scaled to a sum of 1,
-    and the others become 0. The controller is ERASE's (Applied-Machine-Learning-Lab/ERASE,
+    variant: the `keep` largest softmax weights of an example are scaled to a sum of 1, and the
+    others become 0. The controller is ERASE's (Applied-Machine-Learning-Lab/ERASE,
     models/fs/adafs.py), batch normalization and one hidden layer, and learns jointly with the
-    model, as there. The score is the mean weight before the cut, over validation examples.
+    model, as in ERASE. The score is the mean weight over validation examples, before the smaller
+    weights become 0.
 
-    Three things differ. Weights are multiplied by the number of features, so that the model reads
-    embeddings of the size that it goes on with. The model reads them unnormalized, as the pruned
-    one has no batch normalization of ours. And the controller sees each feature's sum over its
-    columns and, in a sequence, positions: a forward pass without gradient collects them first.
+    This differs from ERASE in three ways. Weights are multiplied by the number of features, so that
+    embeddings keep the scale that they have in continued training. The model reads embeddings
+    unnormalized, because the pruned model has no batch normalization for them. The controller reads
+    each feature's sum over its columns and, in a sequence, over its positions; a forward pass
+    without gradient collects these sums first.
 
     Args:
-        keep: share of an example's features that stay.
-        learning_rate: of Adam, for the controller.
-        hidden: size of its hidden layer.
-        batches: of validation rows, on each rank.
+        keep: share of an example's features to keep.
+        learning_rate: learning rate of Adam for the controller.
+        hidden: size of the controller's hidden layer.
+        batches: number of validation batches on each rank.
 
     Raises:
         ValueError: if `keep` is not in (0, 1], or another argument is not positive.
@@ -57,9 +59,9 @@ class AdaFsScorer(Scorer):
     ) -> None:
         check_learning(learning_rate)
         if not 0 < keep <= 1:
-            raise ValueError(f"the share of features to keep is {keep}, it must be in (0, 1]")
+            raise ValueError(f"the share of features to keep is {keep}; it must be in (0, 1]")
         if hidden < 1:
-            raise ValueError(f"hidden is {hidden}, it must be at least 1")
+            raise ValueError(f"hidden is {hidden}; it must be at least 1")
         self.keep = keep
         self.learning_rate = learning_rate
         self.hidden = hidden
@@ -81,7 +83,7 @@ class AdaFsScorer(Scorer):
         return scores_of(model, weights_F)
 
     def _mean_weights(self, pretraining: Pretraining, controlled: _Controlled) -> Tensor:
-        """(F,) over validation examples of all ranks."""
+        """(F,) mean weights over the validation examples of all ranks."""
         controlled.controller.eval()
         ranks = pretraining.ranks
         sums = torch.zeros(len(controlled.features) + 1, dtype=torch.float64, device=ranks.device)
@@ -94,7 +96,7 @@ class AdaFsScorer(Scorer):
 
 
 def hard(logits_BF: Tensor, count: int) -> Tensor:
-    """(B, F) softmax weights, all but each example's `count` largest 0, scaled to a sum of 1."""
+    """(B, F) softmax weights: the `count` largest per example, scaled to a sum of 1; others 0."""
     weights_BF = logits_BF.softmax(1)
     largest = weights_BF.topk(count, dim=1)
     kept_BF = torch.zeros_like(weights_BF).scatter(1, largest.indices, largest.values)
@@ -102,7 +104,7 @@ def hard(logits_BF: Tensor, count: int) -> Tensor:
 
 
 def _controller(features: int, hidden: int, seed: int) -> nn.Module:
-    """Equal on every rank; leaves the global generator as it was."""
+    """A controller that is equal on every rank; the global generator is left unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(
@@ -114,7 +116,7 @@ def _controller(features: int, hidden: int, seed: int) -> nn.Module:
 
 
 class _Controlled:
-    """A change that scales what the model reads by the weights of the batch at hand."""
+    """A change that scales the values that the model reads by the weights of the current batch."""
 
     def __init__(
         self, model: nn.Module, controller: nn.Module, features: Sequence[str], count: int
@@ -135,12 +137,12 @@ class _Controlled:
         return block.scaled(block.of_keys(weights_BF, self.features))
 
     def logits(self) -> Tensor:
-        """(B, F) of the batch that was collected last."""
+        """(B, F) logits of the last collected batch."""
         logits_BF: Tensor = self.controller(self._sums_BF)
         return logits_BF
 
     def collect(self, batch: Batch) -> None:
-        """Sums up what the model reads of each feature; nothing within its own forward pass."""
+        """Sums the values that the model reads per feature; a no-op inside its own forward."""
         if self._is_collecting:
             return
         self._sums_BF, self._is_collecting = None, True

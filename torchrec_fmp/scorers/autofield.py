@@ -1,4 +1,4 @@
-"""AutoField: a choice between keeping and dropping each field, learned on validation batches."""
+"""AutoField: a keep-or-drop choice for each field, learned on validation batches."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _LAST_TEMPERATURE = 0.01
 
 
 class AutoFieldScorer(Scorer):
-    """Two logits a field, drop and keep, whose Gumbel-softmax scales what the model reads of it.
+    """Scales each field by the Gumbel-softmax of two logits, drop and keep.
 
     Wang et al. 2022, "AutoField: Automating Feature Selection in Deep Recommender Systems" (WWW),
-    as in ERASE (Applied-Machine-Learning-Lab/ERASE, models/fs/autofield.py): one sample a step,
-    logits that start at 0.5 and learn from validation batches by first-order DARTS, and a score
-    that is the logit of keeping. The temperature falls linearly from 1 to 0.01 over pretraining;
-    ERASE lets it fall by 5e-5 a step, which fits its number of steps.
+    as in ERASE (Applied-Machine-Learning-Lab/ERASE, models/fs/autofield.py). One sample is drawn
+    per step. The logits start at 0.5 and learn from validation batches by first-order DARTS; the
+    score is the keep logit. The temperature falls linearly from 1 to 0.01 over pretraining; in
+    ERASE it falls by 5e-5 per step, which fits ERASE's number of steps.
 
     Args:
-        learning_rate: of Adam, for the logits.
-        every: steps of the model for one of the logits; 10 in ERASE.
+        learning_rate: learning rate of Adam for the logits.
+        every: number of model steps per step of the logits; 10 in ERASE.
 
     Raises:
         ValueError: if the learning rate is not positive or `every` is below 1.

@@ -1,4 +1,4 @@
-"""Features by the size of their tables: what a ranking that reads no data is worth."""
+"""Features ranked by table size: the baseline of a ranking that reads no data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 class CardinalityScorer(Scorer):
     """The number of ids of a sparse feature; 1 for a dense column.
 
-    Large tables are kept first: they hold most of the model's parameters, and features of many
-    values can tell more examples apart. It is a floor, of no paper: a scorer whose selection is
-    no better has only found out which features are large, and this one saves no memory.
+    Large tables are kept first: they hold most of the model's parameters, and features with many
+    values can distinguish more examples. This is a baseline from no paper: a scorer with no better
+    selection has only found the large features, and this scorer saves no memory.
 
-    The open model is trained first, as other scorers do, so that they compare at equal samples.
+    The open model is trained first, as with other scorers, so that scorers compare at equal
+    samples.
     """
 
     def score(self, pretraining: Pretraining) -> FeatureScores:

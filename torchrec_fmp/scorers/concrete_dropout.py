@@ -1,4 +1,4 @@
-"""Concrete dropout: the probability that each feature is dropped, learned with the model."""
+"""Concrete dropout: a drop probability per feature, learned with the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ _TEMPERATURE = 0.1
 
 
 class ConcreteDropoutScorer(Scorer):
-    """A relaxed Bernoulli variable for each example and feature; the score is 1 - p of dropping.
+    """Drops features by relaxed Bernoulli variables; the score is 1 - the drop probability p.
+
+    Each example and feature has one variable.
 
     TorchEasyRec's feature selection (alibaba/TorchEasyRec, tzrec/modules/variational_dropout.py),
     after Chang, Rampasek and Goldenberg 2017, "Dropout Feature Ranking for Deep Learning Models"
@@ -25,8 +27,8 @@ class ConcreteDropoutScorer(Scorer):
     0.1, and the penalty is `penalty` / B times the sum over features of 1 - p, for batches of B.
 
     Args:
-        learning_rate: of Adam, for the logits.
-        penalty: lambda of the official code.
+        learning_rate: learning rate of Adam for the logits.
+        penalty: weight of the penalty; lambda in the official code.
 
     Raises:
         ValueError: if the learning rate is not positive.
@@ -40,7 +42,7 @@ class ConcreteDropoutScorer(Scorer):
     def score(self, pretraining: Pretraining) -> FeatureScores:
         model, ranks, seed = pretraining.job.model, pretraining.ranks, pretraining.seed
         features = features_of(model)
-        # On the CPU and without the rank, so that every rank starts from the same.
+        # On CPU and independent of the rank, so that every rank starts from the same logits.
         start = torch.randn(len(features), generator=torch.Generator().manual_seed(seed))
         logits_F = nn.Parameter(start.to(ranks.device))
         weight = self.penalty / pretraining.batch_size

@@ -1,4 +1,4 @@
-"""The features of a gated model, in one order, and scores in that order."""
+"""The features of a gated model in a fixed order, and scores in that order."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 def features_of(model: nn.Module) -> tuple[str, ...]:
-    """Every gated feature of the model, dense columns among them, each once.
+    """Every gated feature of the model, including dense columns, exactly once.
 
     Raises:
         ValueError: if the model has no gates.
@@ -21,12 +21,12 @@ def features_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def scores_of(model: nn.Module, values: Tensor, gates: Tensor | None = None) -> FeatureScores:
-    """Scores of the features of `features_of(model)`.
+    """Scores of the features in `features_of(model)`.
 
     Args:
-        model: with gates, sharded or not.
+        model: model with gates, sharded or not.
         values: (F,) scores in the order of `features_of`.
-        gates: (F,) test-time gates in [0, 1]; 1 where the scorer has none.
+        gates: (F,) test-time gates in [0, 1]; None for all 1, if the scorer has no gates.
     """
     features = features_of(model)
     gate_values = [1.0] * len(features) if gates is None else gates.tolist()

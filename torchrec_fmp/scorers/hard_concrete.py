@@ -1,4 +1,4 @@
-"""Scores from hard concrete gates that are trained with the model."""
+"""Scores from hard concrete gates trained with the model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class HardConcreteScorer(Scorer):
-    """Trains the model's gates together with it, and scores a feature by its `log_alpha`.
+    """Trains the gates together with the model, and scores a feature by its `log_alpha`.
 
     Args:
-        penalty: what drives the gates to close; `L0Penalty()` by default.
-        learning_rate: of Adam, for log_alpha.
-        open_fraction: of the steps, at their start, in which every gate is exactly open.
-        ramp_fraction: of the steps, after these, in which the penalty grows to its full strength.
-        stop: ends pretraining when the decision is stable; None takes all of its rows.
+        penalty: penalty that drives the gates to close; `L0Penalty()` by default.
+        learning_rate: learning rate of Adam for log_alpha.
+        open_fraction: fraction of the steps, at the start, in which every gate is exactly open.
+        ramp_fraction: fraction of the steps, after the open ones, in which the penalty grows to its
+            full strength.
+        stop: rule that ends pretraining when the decision is stable; None uses all pretraining
+            rows.
 
     Raises:
         ValueError: if the learning rate is not positive, or the fractions leave no steps.
@@ -38,11 +40,11 @@ class HardConcreteScorer(Scorer):
         stop: StableDecision | None = None,
     ) -> None:
         if not (learning_rate > 0 and math.isfinite(learning_rate)):
-            raise ValueError(f"the gates' learning_rate is {learning_rate}, it must be positive")
+            raise ValueError(f"the gates' learning_rate is {learning_rate}; it must be positive")
         if not (open_fraction >= 0 <= ramp_fraction) or open_fraction + ramp_fraction >= 1:
             raise ValueError(
                 f"open_fraction {open_fraction} and ramp_fraction {ramp_fraction} must not be "
-                "negative and leave a part of the phase for the full penalty"
+                "negative, and must leave part of the phase for the full penalty"
             )
         self.penalty = L0Penalty() if penalty is None else penalty
         self.learning_rate = learning_rate

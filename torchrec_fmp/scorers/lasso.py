@@ -1,4 +1,4 @@
-"""Coefficients of a linear model with an L1 penalty, of scikit-learn."""
+"""Coefficients of scikit-learn's linear model with an L1 penalty."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class LassoScorer(Scorer):
-    """|coefficient| of a feature in the Lasso's regression of the label.
+    """|coefficient| of a feature when the Lasso predicts the label.
 
     Tibshirani 1996, "Regression shrinkage and selection via the lasso", as in ERASE
     (arXiv:2403.12660; Applied-Machine-Learning-Lab/ERASE, utils/utils.py, lasso), with its alpha.
-    As there, an id counts as a number, so a sparse feature scores what its ids' order says. Columns
-    are scaled to a standard deviation of 1, as Tibshirani assumes and ERASE does not: there,
-    a coefficient is the smaller the more ids a table has. Of a bag, one id is drawn at random.
+    As in ERASE, an id counts as a number, so the score of a sparse feature depends on the order of
+    its ids. Columns are scaled to a standard deviation of 1. Tibshirani assumes this; ERASE does
+    not do it, so a coefficient there becomes smaller the more ids a table has. One id is drawn at
+    random from each bag.
 
     Args:
-        rows: of pretraining to fit, over all ranks, in memory of rank 0; ERASE takes all.
+        rows: number of pretraining rows to fit, over all ranks, in memory of rank 0; ERASE uses
+            all rows.
         alpha: weight of the L1 norm.
 
     Raises:
@@ -28,7 +30,7 @@ class LassoScorer(Scorer):
     def __init__(self, rows: int = 1_000_000, alpha: float = 1e-3) -> None:
         check_scikit_learn(self)
         if not alpha > 0:
-            raise ValueError(f"alpha is {alpha}, it must be positive")
+            raise ValueError(f"alpha is {alpha}; it must be positive")
         self.rows = check_rows(rows)
         self.alpha = alpha
 

@@ -1,7 +1,7 @@
-"""What scorers share that train parameters beside the model's, or look at it afterwards.
+"""Code shared by scorers that train additional parameters or examine the trained model.
 
-Such parameters lie outside of DistributedDataParallel: their gradients are averaged over ranks
-here, so that every rank keeps the same.
+Such parameters are outside of DistributedDataParallel, so their gradients are averaged over ranks
+here to keep them equal on every rank.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ def average(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 
 def generator(seed: int, step: int, ranks: Ranks) -> torch.Generator:
-    """Noise that depends on (seed, step, rank) and on nothing before it."""
+    """A noise generator that depends only on (seed, step, rank), not on earlier draws."""
     state = np.random.SeedSequence((seed, step, ranks.rank)).generate_state(1, np.uint64)
     return torch.Generator(device=ranks.device).manual_seed(int(state[0] >> np.uint64(1)))
 
 
 def gumbel(like: Tensor, seed: int, step: int, ranks: Ranks) -> Tensor:
-    """Standard Gumbel noise of a tensor's shape, a function of (seed, step, rank)."""
+    """Standard Gumbel noise in the shape of `like`, a function of (seed, step, rank)."""
     noise = generator(seed, step, ranks)
     exponential = torch.empty_like(like, requires_grad=False).exponential_(generator=noise)
     return -exponential.log()
 
 
 def check_learning(learning_rate: float, every: int = 1) -> None:
-    """Raises ValueError unless a scorer's own parameters can learn at this rate, this often."""
+    """Raises ValueError if the learning rate or interval of a scorer's parameters is invalid."""
     if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"the scorer's learning_rate is {learning_rate}, it must be positive")
+        raise ValueError(f"the scorer's learning_rate is {learning_rate}; it must be positive")
     if every < 1:
-        raise ValueError(f"every is {every}, it must be at least 1 step")
+        raise ValueError(f"every is {every}; it must be at least 1 step")
 
 
 def check_batches(batches: int) -> int:
-    """The number of validation batches that a scorer was configured with.
+    """Returns a scorer's configured number of validation batches.
 
     Raises:
         ValueError: if it is below 1.
     """
     if batches < 1:
-        raise ValueError(f"batches is {batches}, it must be at least 1")
+        raise ValueError(f"batches is {batches}; it must be at least 1")
     return batches
 
 
 def validation_batches(pretraining: Pretraining, batches: int) -> Iterator[Batch]:
-    """That many batches of each rank that pretraining never reads, or as many as there are.
+    """Up to `batches` batches on each rank that pretraining never reads.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there are none.
     """
     rows = batches * pretraining.batch_size * pretraining.ranks.world_size
     count = 0
@@ -72,20 +72,20 @@ def validation_batches(pretraining: Pretraining, batches: int) -> Iterator[Batch
         yield batch
     if not count:
         raise ValueError(
-            f"the rows behind pretraining do not fill one batch of {pretraining.batch_size}, and "
-            "the scorer needs some that pretraining does not train on: lower pretrain.batch_size "
+            f"the rows after pretraining do not fill one batch of {pretraining.batch_size}, but "
+            "the scorer needs rows that pretraining does not train on. Lower pretrain.batch_size "
             "or pretrain.fraction"
         )
 
 
 class JointSteps:
-    """Parameters that learn from the same loss as the model, in the same step.
+    """Trains parameters on the model's loss, in the same step as the model.
 
     Args:
-        pretraining: whose `train` calls this.
-        parameters: equal on every rank.
-        optimizer: of the parameters.
-        penalty: a term of the loss that depends on them alone.
+        pretraining: pretraining whose `train` calls this.
+        parameters: parameters that are equal on every rank.
+        optimizer: optimizer of the parameters.
+        penalty: loss term that depends only on the parameters.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class JointSteps:
         self._optimizer = optimizer
         self._penalty = penalty
         self.step = 0
-        """Number of the step that the next forward belongs to."""
+        """Step number of the next forward."""
 
     def loss_term(self, step: int) -> Tensor | None:
         self.step = step
@@ -115,18 +115,18 @@ class JointSteps:
 
 
 class BilevelSteps:
-    """Parameters that learn from validation batches while the model learns from its own.
+    """Trains parameters on validation batches while the model learns from training batches.
 
-    First-order DARTS, as ERASE and ShuffleGate train their gates: every `every` steps, behind the
+    First-order DARTS, as ERASE and ShuffleGate train their gates: every `every` steps, after the
     model's step, the loss of a validation batch is differentiated with respect to the parameters.
-    The validation rows are as many as that needs; where there are fewer, they come again.
+    This reads as many validation rows as it needs; if there are fewer, it reads them again.
 
     Args:
-        pretraining: whose `train` calls this.
-        parameters: equal on every rank.
-        optimizer: of the parameters.
-        every: steps of the model for one of the parameters.
-        penalty: a term of the validation loss that depends on the parameters alone.
+        pretraining: pretraining whose `train` calls this.
+        parameters: parameters that are equal on every rank.
+        optimizer: optimizer of the parameters.
+        every: number of model steps per step of the parameters.
+        penalty: term of the validation loss that depends only on the parameters.
     """
 
     def __init__(
@@ -144,14 +144,14 @@ class BilevelSteps:
         self._penalty = penalty
         self._batches = self._endless(-(-pretraining.steps // every))
         self.forwards = 0
-        """Number of the next forward, validation's counted too: the key of its noise."""
+        """Number of the next forward, validation forwards included; it determines the noise."""
 
     def loss_term(self, step: int) -> None:
-        """Nothing: the penalty counts in validation only."""
+        """Adds nothing: the penalty applies only to the validation loss."""
 
     def update(self, step: int) -> None:
         self.forwards += 1
-        # What the model's backward has left.
+        # The model's backward has left gradients on the parameters.
         self._optimizer.zero_grad()
         if step % self._every:
             return

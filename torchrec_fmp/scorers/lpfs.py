@@ -23,20 +23,20 @@ _THRESHOLD = 0.01
 
 
 class LpfsScorer(Scorer):
-    """The gate g(x) = x^2 / (x^2 + eps) + alpha eps^(1/tau) atan(x), odd in x, of each feature.
+    """Gates each feature by g(x) = x^2 / (x^2 + eps) + alpha eps^(1/tau) atan(x), odd in x.
 
     Guo et al. 2022, "LPFS: Learnable Polarizing Feature Selection for Click-Through Rate
     Prediction" (arXiv:2206.00267, LPFS++), as in ERASE (Applied-Machine-Learning-Lab/ERASE,
     models/fs/lpfs.py and utils/fs_trainer.py): x starts at 1 and learns jointly with the model;
-    behind each step it is soft-thresholded by 0.01 of the learning rate; eps starts at 0.1 and
-    falls by 0.22% every 100 steps; the score is x. g is divided by its value at the start, 3.4, so
-    that the model reads the same with the gates as after they have gone.
+    after each step it is soft-thresholded by 0.01 of the learning rate; eps starts at 0.1 and
+    falls by 0.22% every 100 steps; the score is x. g is divided by its initial value, 3.4, so that
+    the model reads the same values with the gates as after their removal.
 
     Args:
-        learning_rate: of Adam, for x.
+        learning_rate: learning rate of Adam for x.
 
     Raises:
-        ValueError: if it is not positive.
+        ValueError: if the learning rate is not positive.
     """
 
     def __init__(self, learning_rate: float = 1e-2) -> None:
@@ -62,7 +62,7 @@ class LpfsScorer(Scorer):
 def gate(x: Tensor, epsilon: float) -> Tensor:
     """g(x), elementwise."""
     polar = x.square() / (x.square() + epsilon)
-    # The arc tangent's gradient at 0 is what lets a closed gate open again.
+    # The arc tangent's gradient at 0 lets a closed gate open again.
     return torch.where(x > 0, polar, -polar) + _ALPHA * epsilon ** (1 / _TAU) * x.atan()
 
 

@@ -1,4 +1,4 @@
-"""OutRank: mutual information of feature and label, corrected for the feature's cardinality."""
+"""OutRank: mutual information of a feature and the label, corrected for cardinality."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class MutualInformationScorer(Scorer):
-    """H(Y'|X) - H(Y|X) in nats, where Y is the label, X the feature and Y' the labels shuffled.
+    """H(Y'|X) - H(Y|X) in nats, for the label Y, the feature X and the shuffled labels Y'.
 
     Škrlj and Mramor 2023, "OutRank: Speeding up AutoML-based Model Search for Large Sparse Data
     sets with Cardinality-aware Feature Ranking" (RecSys); heuristic MI-numba-randomized of
     outbrain/outrank, algorithms/feature_ranking/ranking_mi_numba.py. H(Y) - H(Y|X) grows with the
-    number of values of X even where they say nothing; the same happens to Y', so the difference
-    of noise is about 0, and may be negative.
+    number of values of X even if they carry no information. H(Y') - H(Y'|X) grows in the same way,
+    so the score of noise is about 0, and may be negative.
 
-    OutRank's code takes as Y' of a value that occurs n times the labels n rows before, because
-    it finds permutations expensive. That changes the share of positives, and with it the score, by
-    some 1 / sqrt(rows): more than many features say. Here it is one permutation for all features.
+    For a value that occurs n times, OutRank's code uses the labels of n rows earlier as Y', because
+    it considers permutations expensive. This changes the share of positives, and therefore the
+    score, by about 1 / sqrt(rows), which exceeds the information in many features. Here Y' is one
+    permutation for all features.
 
-    Each feature is looked at alone: one that matters only together with another scores 0. Of a
-    bag, X is one of its values, drawn at random, or that it is empty: less than the bag says, but
-    bags as a whole hardly repeat. A dense column is cut into bins of equal numbers of rows;
-    OutRank takes its values as they are, and few repeat.
+    Each feature is scored alone: a feature that matters only together with another scores 0. For
+    a bag, X is one of its values, drawn at random, or marks an empty bag. This carries less
+    information than the whole bag, but whole bags hardly repeat. A dense column is divided into
+    bins of equal numbers of rows; OutRank uses its values unbinned, and few of them repeat.
 
     Args:
-        rows: of pretraining to read, over all ranks, in memory of rank 0.
-        bins: of a dense column.
+        rows: number of pretraining rows to read, over all ranks, in memory of rank 0.
+        bins: number of bins for a dense column.
 
     Raises:
         ValueError: if rows is below 1 or bins below 2.
@@ -39,7 +40,7 @@ class MutualInformationScorer(Scorer):
 
     def __init__(self, rows: int = 1_000_000, bins: int = 32) -> None:
         if bins < 2:
-            raise ValueError(f"bins is {bins}, it must be at least 2")
+            raise ValueError(f"bins is {bins}; it must be at least 2")
         self.rows = check_rows(rows)
         self.bins = bins
 
@@ -61,9 +62,9 @@ def corrected_information(
     """H(Y'|X) - H(Y|X) in nats.
 
     Args:
-        labels: (N,) Y.
-        shuffled: (N,) Y', the same in another order.
-        values: (N,) X, any integers.
+        labels: (N,) labels Y.
+        shuffled: (N,) labels in another order, Y'.
+        values: (N,) values of X, any integers.
     """
     _, codes, counts = np.unique(values, return_inverse=True, return_counts=True)
     return _conditional_entropy(shuffled, codes, counts) - _conditional_entropy(
@@ -72,7 +73,7 @@ def corrected_information(
 
 
 def quantile_bins(values: npt.NDArray[np.float32], bins: int) -> npt.NDArray[np.int64]:
-    """(N,) the bin of each value, from 0; fewer than `bins` where values repeat."""
+    """(N,) bin of each value, from 0; there are fewer than `bins` bins if values repeat."""
     edges = np.quantile(values, np.arange(1, bins) / bins)
     return np.searchsorted(np.unique(edges), values, side="right").astype(np.int64)
 
@@ -80,8 +81,8 @@ def quantile_bins(values: npt.NDArray[np.float32], bins: int) -> npt.NDArray[np.
 def _conditional_entropy(
     labels: npt.NDArray[np.bool_], codes: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
 ) -> float:
-    """H(Y|X) in nats, where `codes` number the values of X and `counts` how often they occur."""
+    """H(Y|X) in nats; `codes` numbers the values of X, `counts` says how often each occurs."""
     share = np.bincount(codes, weights=labels) / counts
-    # The logarithm of 1 in the place of 0 log 0.
+    # 0 log 1 stands in for 0 log 0, which would be NaN.
     entropies = -sum(p * np.log(np.where(p > 0, p, 1.0)) for p in (share, 1 - share))
     return float(entropies @ counts / len(labels))

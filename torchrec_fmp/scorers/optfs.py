@@ -1,4 +1,4 @@
-"""OptFS: a gate on each value of each feature, aggregated to features."""
+"""OptFS: a gate on each value of each feature, aggregated per feature."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ from torchrec_fmp.scorers.scorer import Scorer
 from torchrec_fmp.selection.feature_scores import FeatureScores
 
 _START = 0.5
-# More values of a feature than this share gates, so that no rank holds a number for each row.
+# Features with more values share gates, so that no rank stores one number per table row.
 _MOST_GATES = 2**16
 
 
 class OptFsScorer(Scorer):
-    """The gate sigmoid(t c) / sigmoid(0.5) of each value; a feature's score is its values' mean.
+    """Gates each value by sigmoid(t c) / sigmoid(0.5); the score is the mean over the values.
 
     Lyu et al. 2023, "Optimizing Feature Set for Click-Through Rate Prediction" (WWW,
-    arXiv:2301.10909), and its code (fuyuanlyu/OptFS, modules/mask.py and maskTrainer.py), which
-    ERASE has too: c starts at 0.5 and learns jointly with the model under the penalty `penalty`
-    times the sum of all sigmoid(t c); the temperature t grows exponentially from 1 to
-    `last_temperature`, here by step and not by epoch. The official code prunes values; the field
-    aggregate is the mean of sigmoid(c) over the examples of pretraining.
+    arXiv:2301.10909), and its code (fuyuanlyu/OptFS, modules/mask.py and maskTrainer.py), also in
+    ERASE: c starts at 0.5 and learns jointly with the model. The penalty is `penalty` times the
+    sum of all sigmoid(t c). The temperature t grows exponentially from 1 to `last_temperature`,
+    here by step instead of by epoch. The official code prunes values; here a feature's score is
+    the mean of sigmoid(c) over the examples of pretraining.
 
-    A pooled bag is scaled by the mean gate of its values, which for one value is its gate. A value
-    v of a feature with more than 65,536 of them has gate v mod 65,536. A dense column has one gate.
+    A pooled bag is scaled by the mean gate of its values; a single value is scaled by its gate. In
+    a feature with more than 65,536 values, value v has gate v mod 65,536. A dense column has one
+    gate.
 
     Args:
-        learning_rate: of Adam, for c.
-        penalty: of each gate, in the loss's unit; ERASE's for MovieLens, the smallest of its data.
-        last_temperature: gamma of ERASE.
+        learning_rate: learning rate of Adam for c.
+        penalty: penalty of each gate, in the loss's unit; ERASE's value for MovieLens, the
+            smallest among its data sets.
+        last_temperature: temperature t at the last step; ERASE's gamma.
 
     Raises:
         ValueError: if the learning rate is not positive.
@@ -78,21 +80,21 @@ class OptFsScorer(Scorer):
             pretraining.train(extra=steps)
 
         total = torch.zeros(len(features), dtype=torch.float64, device=ranks.device)
-        place = {feature: index for index, feature in enumerate(features)}
+        position = {feature: index for index, feature in enumerate(features)}
         rows = 0
         for batch in pretraining.batches():
             means = gates.means(batch.sparse_features, 1.0)
             for feature, mean_B in means.items():
-                total[place[feature]] += mean_B.detach().double().sum()
+                total[position[feature]] += mean_B.detach().double().sum()
             rows += len(batch.labels)
         for column in pretraining.job.schema.dense:
-            total[place[column]] = rows * gates.c[gates.offsets[column]].detach().sigmoid()
+            total[position[column]] = rows * gates.c[gates.offsets[column]].detach().sigmoid()
         dist.all_reduce(total, group=ranks.group)
         return scores_of(model, total / (rows * ranks.world_size))
 
 
 class _ValueGates:
-    """One number for each value of each feature, all in one parameter."""
+    """One number per value of each feature, all in one parameter."""
 
     def __init__(self, schema: Schema, device: torch.device) -> None:
         sizes = {column.name: min(column.num_embeddings, _MOST_GATES) for column in schema.sparse}
@@ -104,23 +106,23 @@ class _ValueGates:
         self.c = nn.Parameter(torch.full((ends[-1],), _START, device=device))
 
     def of(self, block: Block, temperature: float) -> Tensor:
-        """sigmoid(t c) of the block's keys, (K,) for dense columns and else (B, K)."""
+        """sigmoid(t c) of the block's keys: (K,) for dense columns, otherwise (B, K)."""
         if block.ids is None:
-            places = [self.offsets[feature] for feature in block.features]
-            return (temperature * self.c[places]).sigmoid()
+            positions = [self.offsets[feature] for feature in block.features]
+            return (temperature * self.c[positions]).sigmoid()
         means = self.means(block.ids, temperature)
         return torch.stack([means[feature] for feature in block.features], dim=1)
 
     def means(self, ids: KeyedJaggedTensor, temperature: float) -> dict[str, Tensor]:
-        """Feature -> (B,) the mean of sigmoid(t c) over the bag; 1 for an empty bag."""
+        """Feature -> (B,) mean of sigmoid(t c) over each bag; 1 for an empty bag."""
         means = {}
         for feature, bags in ids.to_dict().items():
             if feature not in self.sizes:
                 continue
-            places = bags.values() % self.sizes[feature] + self.offsets[feature]
+            positions = bags.values() % self.sizes[feature] + self.offsets[feature]
             lengths = bags.lengths()
-            rows = torch.arange(len(lengths), device=places.device).repeat_interleave(lengths)
-            gates = (temperature * self.c[places]).sigmoid()
+            rows = torch.arange(len(lengths), device=positions.device).repeat_interleave(lengths)
+            gates = (temperature * self.c[positions]).sigmoid()
             sums = gates.new_zeros(len(lengths)).index_add(0, rows, gates)
             means[feature] = torch.where(lengths > 0, sums / lengths.clamp(min=1), 1.0)
         return means

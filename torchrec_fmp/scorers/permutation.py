@@ -1,4 +1,4 @@
-"""Permutation importance: what shuffling a feature among examples costs a trained model."""
+"""Permutation importance: how much shuffling a feature increases a trained model's loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class PermutationScorer(Scorer):
     """Increase of the validation loss when a feature is shuffled among the examples of a batch.
 
     Breiman 2001, "Random forests", section 10; the difference form of model reliance in Fisher,
-    Rudin and Dominici 2019 (arXiv:1801.01489, section 3). Whole bags change places, so that the
-    feature keeps its distribution. It takes a forward pass a batch and feature.
+    Rudin and Dominici 2019 (arXiv:1801.01489, section 3). Whole bags are permuted, so that the
+    feature keeps its distribution. It takes one forward pass per batch and feature.
 
     Args:
-        batches: of validation rows, on each rank.
+        batches: number of validation batches on each rank.
 
     Raises:
         ValueError: if batches is below 1.
@@ -54,10 +54,10 @@ def shuffled(batch: Batch, feature: str, columns: tuple[str, ...], order: Tensor
     """The batch with one feature's values in another order.
 
     Args:
-        batch: of B examples; not changed.
-        feature: a key of its sparse features or a dense column.
+        batch: batch of B examples; not modified.
+        feature: key of the batch's sparse features, or a dense column.
         columns: names of the dense columns.
-        order: (B,) int64, the example that each example's values come from.
+        order: (B,) int64, source example of each example's values.
     """
     if feature not in columns:
         ids = _shuffled_ids(batch.sparse_features, feature, order)
@@ -70,7 +70,7 @@ def shuffled(batch: Batch, feature: str, columns: tuple[str, ...], order: Tensor
 
 def _shuffled_ids(ids: KeyedJaggedTensor, feature: str, order: Tensor) -> KeyedJaggedTensor:
     size = ids.stride()
-    bags = slice(place := ids.keys().index(feature) * size, place + size)
+    bags = slice(start := ids.keys().index(feature) * size, start + size)
     starts, old_lengths = ids.offsets()[bags], ids.lengths()[bags]
     new_lengths = old_lengths[order]
     new_starts = starts[0] + new_lengths.cumsum(0) - new_lengths

@@ -1,4 +1,4 @@
-"""`Pretraining`: the model and the rows that a scorer works with."""
+"""`Pretraining`: the model and rows that a scorer works with."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from torchrec_fmp.training.train import Progress, Steps, train
 
 @dataclass(frozen=True)
 class PretrainingRows:
-    """The rows to select features by.
+    """The rows that features are selected on.
 
     Args:
-        read: (start, stop) -> batches of this rank's rows of pretraining.
-        read_validation: rows of all ranks -> batches of this rank's share of as many others, or of
-            all others where there are fewer.
-        count: number of this rank's rows that are for pretraining.
-        batch_size: rows a step on each rank, and of the batches that are read.
+        read: function (start, stop) -> batches of this rank's pretraining rows.
+        read_validation: function from a number of rows over all ranks to batches of this rank's
+            share. The rows are outside of pretraining; if there are fewer, all of them are read.
+        count: number of this rank's pretraining rows.
+        batch_size: rows per step on each rank, and per batch read.
     """
 
     read: Callable[[int, int], Iterable[Batch]]
@@ -43,12 +43,13 @@ class PretrainingRows:
 
 @dataclass(frozen=True)
 class PruneContext:
-    """What the coming prune is to leave, and how it will be decided.
+    """The share that the next prune keeps, and how features are selected for it.
 
     Args:
-        share: what the last prune leaves, as a share of all -> what the coming one leaves.
-        decide: scores -> what the run's policy would decide now.
-        costs: unit -> feature -> cost, of the first model; those that are missing are put in.
+        share: function from the share of all that the last prune keeps to the share that the next
+            prune keeps.
+        decide: function from scores to the selection that the run's policy would make now.
+        costs: unit -> feature -> cost in the full model; missing units are added when first used.
     """
 
     share: Callable[[float], float] = float
@@ -57,18 +58,18 @@ class PruneContext:
 
 
 class Pretraining:
-    """A gated model before its features are selected, and the rows to select them by.
+    """A gated model before feature selection, and the rows that features are selected on.
 
-    With several prunes, there is one for each, on its part of the rows.
+    With several prunes, each prune has a `Pretraining` with its part of the rows.
 
     Args:
-        job: the sharded model with gates, which are opened, and its optimizer.
-        ranks: the group.
-        rows: of pretraining, and of validation.
-        seed: of the run.
-        log: gets the training's losses.
-        prune: the prune that follows.
-        before_step: called with the number of each step of training, from 0, before it.
+        job: sharded model with gates, which are opened, and its optimizer.
+        ranks: process group.
+        rows: rows for pretraining and validation.
+        seed: seed of the run.
+        log: log that receives the training losses.
+        prune: prune that follows this pretraining.
+        before_step: callback before each training step; receives the step's number, from 0.
     """
 
     def __init__(
@@ -97,28 +98,29 @@ class Pretraining:
 
     @property
     def share(self) -> Callable[[float], float]:
-        """What the last prune leaves, as a share of all -> what the coming one leaves."""
+        """Function from the last prune's share of all to the next prune's share."""
         return self._prune.share
 
     @property
     def decide(self) -> Callable[[FeatureScores], Selection]:
-        """Scores -> what the run's policy would decide now."""
+        """Function from scores to the selection that the run's policy would make now."""
         return self._prune.decide
 
     @property
     def gates(self) -> list[FeatureGates]:
-        """All gates of the model, one module for each collection and dense input."""
+        """All gates of the model, one module per collection and dense input."""
         return [module for _, module in feature_gates(self.job.model)]
 
     @property
     def steps(self) -> int:
-        """Number of batches in the rows of pretraining."""
+        """Number of batches in the pretraining rows."""
         return self.rows // self.batch_size
 
     def costs(self, unit: BudgetUnit) -> Mapping[str, float]:
-        """Feature -> what keeping it costs in the first model, by its plan.
+        """Feature -> cost of keeping it in the full model, under that model's plan.
 
-        Features that are gone are among them; see `torchrec_fmp.costs`. In `features`, each is 1.
+        Includes features that were already dropped; see `torchrec_fmp.costs`. In `features`, each
+        cost is 1.
         """
         if unit not in self._prune.costs:
             self._prune.costs[unit] = self._costs(unit)
@@ -131,15 +133,15 @@ class Pretraining:
         return costs(self.job.model, topology, unit, batch_size=self.batch_size)
 
     def batches(self, steps: int | None = None) -> Iterator[Batch]:
-        """The first batches of pretraining, all by default, on the device; trains nothing."""
+        """The first batches of pretraining, by default all, on the device, without training."""
         stop = self.batch_size * (self.steps if steps is None else steps)
         for batch in self._rows.read(0, stop):
             yield batch.to(self.ranks.device)
 
     def validation_batches(self, rows: int) -> Iterator[Batch]:
-        """Batches, on the device, of about `rows` rows of all ranks that pretraining never reads.
+        """Batches on the device, about `rows` rows over all ranks that pretraining never reads.
 
-        They are of those of the next phase, which trains on them later.
+        The rows belong to the next phase, which trains on them later.
         """
         for batch in self._rows.read_validation(rows):
             yield batch.to(self.ranks.device)
@@ -150,12 +152,14 @@ class Pretraining:
         extra: Steps | None = None,
         until: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Trains the model on the next batches, by default on all that are left.
+        """Trains the model on the next batches, by default on all remaining ones.
 
         Args:
             steps: number of batches.
-            extra: a term of the loss and what it trains, such as gates and their penalty.
-            until: asked before each step, the same on every rank: whether to end here.
+            extra: extra loss term and the parameters that it trains, such as gates and their
+                penalty.
+            until: condition checked before each step; training ends when it is true. It must be
+                the same on every rank.
 
         Raises:
             TrainingDiverged: if the loss is not finite.
@@ -176,7 +180,7 @@ class Pretraining:
         self.progress.append(progress)
 
     def _numbered(self, start: int, stop: int, until: Callable[[], bool]) -> Iterator[Batch]:
-        """The batches of these rows; each is asked for when the step before it has ended."""
+        """Batches of these rows; each is requested after the previous step has ended."""
         for step, batch in enumerate(self._rows.read(start, stop), start // self.batch_size):
             if until():
                 return

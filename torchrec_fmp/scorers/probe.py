@@ -1,6 +1,6 @@
-"""Lets a scorer see and change what a sharded model reads of each feature, from outside the model.
+"""Lets a scorer see and change, from outside, the values that a sharded model reads per feature.
 
-Hooks on the gated modules hand each block of features to the scorer: the pooled embeddings of a
+Hooks on the gated modules pass each block of features to the scorer: the pooled embeddings of a
 collection, the sequence of one feature, or the dense columns of an input.
 """
 
@@ -27,17 +27,19 @@ from torchrec_fmp.gates.sharded import ShardedGatedCollection
 
 @dataclass(frozen=True)
 class Block:
-    """What a module reads of some features.
+    """A gated module's values for some features.
 
     Shapes: R rows, K keys, W = sum of the keys' columns, B examples, F features of the model.
 
     Args:
-        fqn: of the module that is gated.
-        features: the feature of each of the K keys; one that several tables serve has several.
-        lengths: the K keys' columns: embedding dimensions, or 1 each for dense columns.
-        values: (R, W).
-        examples: (R,) int64, each row's example; None where row and example are the same.
-        ids: of the collection's input; None for dense columns.
+        fqn: fqn of the gated module.
+        features: feature of each of the K keys; a feature that several tables serve has several
+            keys.
+        lengths: number of columns of each of the K keys: the embedding dimension, or 1 for a dense
+            column.
+        values: (R, W) values.
+        examples: (R,) int64, example of each row; None if row r belongs to example r.
+        ids: input ids of the collection; None for dense columns.
     """
 
     fqn: str
@@ -49,48 +51,49 @@ class Block:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """Number of examples B."""
         return len(self.values) if self.ids is None else self.ids.stride()
 
     def of_keys(self, values: Tensor, features: Sequence[str]) -> Tensor:
-        """Values of features, (..., F) in the order of `features` -> (..., K)."""
-        return values.index_select(-1, self._places(features))
+        """Values per feature, (..., F) in the order of `features` -> values per key, (..., K)."""
+        return values.index_select(-1, self._positions(features))
 
     def per_example(self, values: Tensor, features: Sequence[str], batch_size: int) -> Tensor:
-        """(R, W) -> (B, F) sums over each example's rows and each feature's columns; else 0."""
+        """(R, W) -> (B, F) sums over each example's rows and each feature's columns; 0 if none."""
         lengths = torch.tensor(self.lengths, device=values.device)
-        columns = self._places(features).repeat_interleave(lengths, output_size=values.shape[1])
+        columns = self._positions(features).repeat_interleave(lengths, output_size=values.shape[1])
         sums = values.new_zeros(len(values), len(features)).index_add(1, columns, values)
         if self.examples is None:
             return sums
         return values.new_zeros(batch_size, len(features)).index_add(0, self.examples, sums)
 
     def scaled(self, gates: Tensor) -> Tensor:
-        """(R, W) the values times the keys' gates, (K,) or (B, K) with one row an example."""
+        """(R, W) values times the keys' gates: (K,), or (B, K) with one row per example."""
         if gates.dim() == 2 and self.examples is not None:
             gates = gates.index_select(0, self.examples)
         return Scale.apply(self.values, gates.to(self.values.dtype), self.lengths, False)
 
-    def _places(self, features: Sequence[str]) -> Tensor:
-        """(K,) int64, where the keys' features stand in `features`."""
-        place = {feature: index for index, feature in enumerate(features)}
-        return torch.tensor([place[name] for name in self.features], device=self.values.device)
+    def _positions(self, features: Sequence[str]) -> Tensor:
+        """(K,) int64, index in `features` of each key's feature."""
+        position = {feature: index for index, feature in enumerate(features)}
+        return torch.tensor([position[name] for name in self.features], device=self.values.device)
 
 
-# Returns what the model shall read in the place of the block's values.
+# Returns the values that the model reads instead of the block's values.
 Change = Callable[[Block], Tensor]
 
 
 @contextmanager
 def probed(model: nn.Module, change: Change) -> Iterator[None]:
-    """Within it, the model reads what `change` returns.
+    """Within this context, the model reads the values that `change` returns.
 
-    A forward pass calls it once for every gated dense input and `EmbeddingBagCollection`, and once
-    for every feature and table of an `EmbeddingCollection`, in the order in which they are read.
+    A forward pass calls `change` once for every gated dense input and `EmbeddingBagCollection`, and
+    once for every feature and table of an `EmbeddingCollection`, in the order in which they are
+    read.
 
     Args:
-        model: sharded, its gates attached and open.
-        change: gets a block, returns values of the same shape.
+        model: sharded model with gates attached and open.
+        change: function from a block to values of the same shape.
     """
     with ExitStack() as stack:
         for fqn, module in get_unwrapped_module(model).named_modules():
@@ -105,10 +108,10 @@ def probed(model: nn.Module, change: Change) -> Iterator[None]:
 
 @contextmanager
 def observed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with gradients, for `torch.autograd.grad` with respect to what a probe sees.
+    """Evaluation mode with gradients, for `torch.autograd.grad` with respect to probed values.
 
-    Nothing behind the embeddings is differentiated, so that no fused optimizer steps, and
-    DistributedDataParallel does not wait for gradients that do not come.
+    Gradients do not flow back past the embeddings, so that no fused optimizer steps, and
+    DistributedDataParallel does not wait for gradients that never arrive.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))

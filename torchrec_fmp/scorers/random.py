@@ -1,4 +1,4 @@
-"""Features in random order: the floor under every scorer."""
+"""Features in random order: the baseline for every scorer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class RandomScorer(Scorer):
-    """A random order of the features: each run's seed gives one, the last has score 0.
+    """A random order of the features, determined by the run's seed; the last feature has score 0.
 
-    The open model is trained first, as other scorers do, so that they compare at equal samples.
+    The open model is trained first, as with other scorers, so that scorers compare at equal
+    samples.
     """
 
     def score(self, pretraining: Pretraining) -> FeatureScores:

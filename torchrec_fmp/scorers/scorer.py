@@ -1,4 +1,4 @@
-"""The interface of a scorer: from the rows of pretraining to `FeatureScores`."""
+"""The scorer interface: from pretraining rows to `FeatureScores`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class Scorer(abc.ABC):
-    """Gives every feature of the model a score."""
+    """Assigns a score to every feature of the model."""
 
     @abc.abstractmethod
     def score(self, pretraining: Pretraining) -> FeatureScores:
-        """Scores the features; collective, every rank gets the same.
+        """Scores the features. Collective; the result is the same on every rank.
 
-        Rows that it trains on are not trained on again: the next phase goes on behind them.
+        The scorer's training rows are not trained on again: the next phase continues after them.
 
         Args:
-            pretraining: the sharded model, whose gates are all open, and the rows.
+            pretraining: sharded model with all gates open, and the rows.
         """

@@ -1,4 +1,4 @@
-"""SFS: sensitivity of the loss to a mask on each feature, of a trained model."""
+"""SFS: sensitivity of a trained model's loss to a mask on each feature."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class SfsScorer(Scorer):
-    """Mean |dL/dm_f| at m = 1, where m_f multiplies everything that the model reads of feature f.
+    """Mean |dL/dm_f| at m = 1, where m_f multiplies all values that the model reads of feature f.
 
     Wang et al. 2023, "Single-shot Feature Selection for Multi-task Recommendations" (SIGIR), as in
     ERASE (arXiv:2403.12660; Applied-Machine-Learning-Lab/ERASE, models/fs/sfs.py): the open model
-    is trained first; then, with the weights at rest, the absolute gradient of a batch's mean loss
+    is trained first. Then its weights are fixed, and the absolute gradient of a batch's mean loss
     is averaged over validation batches. ERASE scales the result to a sum of 1, which does not
     change the order.
 
     Args:
-        batches: to average over, on each rank; 100 as in ERASE.
+        batches: number of batches to average over, on each rank; 100 as in ERASE.
 
     Raises:
         ValueError: if batches is below 1.
@@ -46,6 +46,6 @@ class SfsScorer(Scorer):
             for batch in validation_batches(pretraining, self.batches):
                 loss, _ = model(batch)
                 (gradient,) = torch.autograd.grad(loss, mask)
-                # Of the global batch's loss, as on one rank.
+                # The gradient of the global batch's loss, as on one rank.
                 gradients.append(average(gradient, ranks).abs())
         return scores_of(model, torch.stack(gradients).mean(0))

@@ -1,4 +1,4 @@
-"""ShuffleGate: a gate that mixes each feature with its own values of other examples."""
+"""ShuffleGate: a gate that mixes each feature with its values in other examples."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class ShuffleGateScorer(Scorer):
     """The model reads g x + (1 - g) x', where x' is x of a random other example; the score is g.
 
     Huang et al. 2025, "ShuffleGate" (arXiv:2503.09315), and its code (goldenNormal/ShuffleGate,
-    models/fs/shuffle_gate.py and utils/fs_trainer.py): g = sigmoid(5 theta) with theta starting at
-    1; every feature is shuffled in an order of its own, behind which no gradient flows; theta
-    learns from validation batches, one for each step of the model, whose loss has the penalty
+    models/fs/shuffle_gate.py and utils/fs_trainer.py): g = sigmoid(5 theta), and theta starts at
+    1. Every feature is shuffled in a separate order, and no gradient flows through the shuffled
+    values. Theta learns from validation batches, one per model step; the penalty in their loss is
     `penalty` times the mean gate.
 
     Args:
-        learning_rate: of Adam, for theta.
-        penalty: of the mean gate, in the loss's unit.
-        every: steps of the model for one of theta; 1 in the official code.
+        learning_rate: learning rate of Adam for theta.
+        penalty: penalty of the mean gate, in the loss's unit.
+        every: number of model steps per step of theta; 1 in the official code.
 
     Raises:
         ValueError: if the learning rate is not positive or `every` is below 1.
@@ -65,7 +65,7 @@ class ShuffleGateScorer(Scorer):
 
 
 def shuffled(block: Block, noise: torch.Generator) -> Block:
-    """The block with each key's rows in an order of its own, without gradient."""
+    """The block with each key's rows in a separate random order, without gradient."""
     values = block.values.detach()
     order_KR = torch.rand(
         len(block.lengths), len(values), generator=noise, device=values.device

@@ -1,4 +1,4 @@
-"""The validation loss of a model of which only the best features are left, by their number."""
+"""The validation loss of the model with only its best features, by the number of features."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _COARSE_SIZES = 12
 
 
 def with_losses(scores: FeatureScores, policy: Policy, pretraining: Pretraining) -> FeatureScores:
-    """The scores with the validation losses that `BestSize` reads; for other policies unchanged.
+    """Adds the validation losses that `BestSize` reads; leaves scores unchanged for other policies.
 
-    About a dozen sizes from 1 to all features are tried, and then every size between the one that
-    the policy would choose and the next smaller one. Collective.
+    Tries about a dozen sizes from 1 to all features, then every size between the policy's choice
+    and the next smaller size tried. Collective.
 
     Raises:
-        ValueError: if there are no rows behind pretraining.
+        ValueError: if there are no rows after pretraining.
     """
     if not isinstance(policy, BestSize):
         return scores
@@ -44,19 +44,19 @@ def with_losses(scores: FeatureScores, policy: Policy, pretraining: Pretraining)
 def _losses(
     pretraining: Pretraining, ranked: Sequence[str], sizes: Sequence[int], batches: int
 ) -> dict[int, list[float]]:
-    """Size -> the loss of each validation batch, over all ranks, of the best `size` features.
+    """Size -> the loss of each validation batch, over all ranks, with the best `size` features.
 
-    What the model reads of the others is its mean over the batch: it goes on supplying the constant
-    that training after the prune soon makes up for.
+    The other features are replaced by their mean over the batch. This mean keeps supplying a
+    constant that training soon makes up for after the prune.
     """
     if not sizes:
         return {}
     model, ranks = pretraining.job.model, pretraining.ranks
     features = features_of(model)
-    places = {feature: index for index, feature in enumerate(features)}
+    positions = {feature: index for index, feature in enumerate(features)}
     masks = torch.zeros(len(sizes), len(features), device=ranks.device)
     for row, size in zip(masks, sizes, strict=True):
-        row[[places[feature] for feature in ranked[:size]]] = 1
+        row[[positions[feature] for feature in ranked[:size]]] = 1
     mask = torch.ones(len(features), device=ranks.device)
 
     def kept(block: Block) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much data is enough: pretraining ends when the decision about every feature is stable."""
+"""Early stopping: pretraining ends when the decision about every feature is stable."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StableDecision:
-    """Ends pretraining once the policy's decision has been the same for a while.
+    """Ends pretraining once the policy's decision has not changed for some time.
 
-    At each check the policy is asked four times: by the gates; by two halves of the data; and by
-    the gates as they will be when the rows of pretraining end, if they go on at their mean pace
-    since the price is full. A half is a copy of every `log_alpha` that learns from the gradients of
-    every other step alone, at twice the rate, so that it travels as far. The decision is stable
-    when the opinions about every feature are the same over `patience` checks in a row. Without the
-    fourth one, gates that have had no time to close would agree that all features stay.
+    At each check the policy decides four times: from the gates; from each of two halves of the
+    data; and from the gates with `log_alpha` extrapolated to the end of pretraining at its average
+    rate since the penalty reached full strength. A half is a copy of every `log_alpha` that learns
+    only from the gradients of every other step, at twice the rate, so that it moves as far. The
+    decision is stable when all four decisions about every feature agree over `patience` consecutive
+    checks. Without the extrapolation, gates that have had no time to close would agree that all
+    features are kept.
 
-    A check costs four decisions and no forward pass. Pretraining ends with its rows at the latest.
+    A check costs four decisions and no forward pass. Pretraining ends at the latest when its rows
+    end.
 
     Args:
-        checks: evenly over the steps with the full price.
-        patience: checks that have to agree.
+        checks: number of checks, evenly spaced over the steps with the full penalty.
+        patience: number of consecutive checks that must agree.
 
     Raises:
-        ValueError: if they could never agree.
+        ValueError: if `patience` is below 1 or above `checks`.
     """
 
     checks: int = 20
@@ -48,20 +50,20 @@ class StableDecision:
     def __post_init__(self) -> None:
         if not 1 <= self.patience <= self.checks:
             raise ValueError(
-                f"patience is {self.patience}, it must be at least 1 and at most the "
-                f"{self.checks} checks"
+                f"patience is {self.patience}; it must be at least 1 and at most {self.checks}, "
+                "the number of checks"
             )
 
 
 class WatchedGates:
-    """The gates' schedule, with a watch over what is decided by them.
+    """The gates' schedule, with regular checks of whether the policy's decision is stable.
 
     Args:
-        stop: when to end.
-        schedule: of the gates.
-        pretraining: whose policy decides.
-        optimizer: of the gates.
-        floor: steps before the price is full.
+        stop: rule for ending pretraining.
+        schedule: schedule of the gates.
+        pretraining: pretraining whose policy decides.
+        optimizer: optimizer of the gates.
+        floor: number of steps before the penalty reaches full strength.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class WatchedGates:
         self._at_floor = self._log_alphas()
         self._every = max(1, (pretraining.steps - floor) // stop.checks)
         self._halves = [Half(self._gates, optimizer) for _ in range(2)]
-        # Of each check and opinion, whether each feature stays.
+        # [check][opinion][feature]: whether the feature is kept. Each decision is an opinion.
         self._opinions: deque[list[list[bool]]] = deque(maxlen=stop.patience)
         self.is_stable = False
 
@@ -87,7 +89,7 @@ class WatchedGates:
         return self._schedule.loss_term(step)
 
     def update(self, step: int) -> None:
-        """Steps the gates and one of the halves, and checks where it is time to."""
+        """Steps the gates and one of the halves, and checks the decision when a check is due."""
         if not self._gates[0].is_open:
             self._halves[step % 2].step()
         self._schedule.update(step)
@@ -98,7 +100,7 @@ class WatchedGates:
             self._check(past)
 
     def confidence(self, scores: FeatureScores) -> dict[str, float]:
-        """Feature -> the share of the opinions of the last checks that are the gates' now."""
+        """Feature -> the share of opinions in the last checks that match the gates' current one."""
         kept = self._opinion(scores)
         opinions = [opinion for check in self._opinions for opinion in check] or [kept]
         return {
@@ -107,10 +109,10 @@ class WatchedGates:
         }
 
     def _check(self, past: int) -> None:
-        """Asks for the opinions, and whether all ranks hold the decision for stable.
+        """Collects the opinions; the decision is stable if it is stable on every rank.
 
         Args:
-            past: steps with the full price.
+            past: number of steps so far with the full penalty.
         """
         now = gate_scores(self._pretraining.job.model)
         others = [*(half.log_alphas for half in self._halves), self._at_the_end(past)]
@@ -129,7 +131,7 @@ class WatchedGates:
         if self.is_stable and ranks.speaks:
             steps, all_steps = self._floor + past, self._pretraining.steps
             _logger.info(
-                "the decision is stable after %d of %d steps of pretraining, %d rows",
+                "the decision is stable after %d of %d pretraining steps (%d rows)",
                 steps,
                 all_steps,
                 steps * self._pretraining.batch_size * ranks.world_size,
@@ -143,7 +145,7 @@ class WatchedGates:
         return [module.log_alpha.detach().clone() for module in self._gates]
 
     def _at_the_end(self, past: int) -> list[Tensor]:
-        """`log_alpha` at the end of pretraining's rows, if it goes on as since the floor."""
+        """`log_alpha` extrapolated to the end of pretraining, at its mean rate since the floor."""
         ahead = (self._pretraining.steps - self._floor) / past
         return [
             torch.lerp(start, now, ahead).clamp_(*module.config.log_alpha_bounds)
@@ -154,11 +156,12 @@ class WatchedGates:
 
 
 class Half:
-    """Copies of the gates' `log_alpha` that learn from some of the steps.
+    """Copies of the gates' `log_alpha` that learn from a part of the steps.
 
     Args:
-        gates: whose gradients it learns from.
-        optimizer: of the gates; a half has another of its settings and twice its rate.
+        gates: gates that provide the gradients.
+        optimizer: optimizer of the gates; the half's own optimizer has the same settings and twice
+            the learning rate.
     """
 
     def __init__(self, gates: Sequence[FeatureGates], optimizer: Adam) -> None:
@@ -171,7 +174,7 @@ class Half:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Steps by the gradients that the gates have now."""
+        """Steps by the gates' current gradients."""
         for log_alpha, module in zip(self.log_alphas, self._gates, strict=True):
             log_alpha.grad = module.log_alpha.grad
         self._optimizer.step()
@@ -184,7 +187,7 @@ class Half:
 def _rescored(
     scores: FeatureScores, gates: Sequence[FeatureGates], log_alphas: Sequence[Tensor]
 ) -> FeatureScores:
-    """Those of `gate_scores`, by other `log_alpha` than the gates have."""
+    """The scores of `gate_scores`, computed from `log_alphas` instead of the gates' `log_alpha`."""
     values = [
         module.config.distribution.deterministic(log_alpha)
         for log_alpha, module in zip(log_alphas, gates, strict=True)
@@ -193,12 +196,12 @@ def _rescored(
 
 
 def warn_of_undecided(confidence: Mapping[str, float], speaks: bool) -> None:
-    """Says which features pretraining was too short for."""
+    """Warns, on the rank that speaks, which features were undecided when pretraining ended."""
     undecided = {name: share for name, share in confidence.items() if share < 1}
     if speaks:
         listed: Sequence[str] = [f"{name} ({share:.2f})" for name, share in undecided.items()]
         _logger.warning(
-            "the rows of pretraining ended before the decision was stable; features and how far "
-            "the last checks agree on them: %s",
-            ", ".join(listed) or "all agree, but not for long enough",
+            "pretraining reached its last row before the decision was stable; undecided features, "
+            "each with the share of agreement in the last checks: %s",
+            ", ".join(listed) or "none, but the checks agreed for too short a time",
         )

@@ -1,4 +1,4 @@
-"""Rows of pretraining as one column a feature, for scorers that look at data without the model."""
+"""Pretraining rows as one column per feature, for scorers that use data without the model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ EMPTY = -1
 
 @dataclass(frozen=True)
 class Sample:
-    """Rows of all ranks with one value for each feature.
+    """Rows of all ranks with one value per feature.
 
     Shapes: N rows, D dense columns, F sparse features.
 
     Args:
-        labels: (N,) bool.
+        labels: (N,) bool labels.
         dense: names of the dense columns.
         sparse: names of the sparse features.
-        values: (N, D) float32 of the dense columns.
-        ids: (N, F) int64 of the sparse features; of a bag, one of its ids drawn at random, and
-            `EMPTY` of an empty one.
+        values: (N, D) float32 values of the dense columns.
+        ids: (N, F) int64 ids of the sparse features: one id of each bag, drawn at random, or
+            `EMPTY` for an empty bag.
     """
 
     labels: npt.NDArray[np.bool_]
@@ -47,12 +47,12 @@ class Sample:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Of the columns of `matrix`."""
+        """Features of the columns of `matrix`."""
         return self.dense + self.sparse
 
     @property
     def matrix(self) -> npt.NDArray[np.float64]:
-        """(N, D + F) dense values, then ids, whose order means nothing."""
+        """(N, D + F) dense values, then ids; the order of ids has no meaning."""
         return np.hstack([self.values.astype(np.float64), self.ids])
 
 
@@ -62,18 +62,19 @@ Importances = Callable[[Sample, int], Mapping[str, float]]
 def scores_from_sample(
     pretraining: Pretraining, rows: int, importances: Importances
 ) -> FeatureScores:
-    """Scores of the first rows of pretraining, computed on rank 0. Collective.
+    """Scores computed on rank 0 from the first pretraining rows. Collective.
 
-    The open model is trained on all rows of pretraining afterwards, as other scorers do, so that
-    they compare at equal samples.
+    The open model is then trained on all pretraining rows, as with other scorers, so that scorers
+    compare at equal samples.
 
     Args:
-        pretraining: whose rows are read.
-        rows: of all ranks together, rounded up to whole batches, or all if there are fewer.
-        importances: of a sample and the run's seed, feature -> score; called on rank 0.
+        pretraining: pretraining whose rows are read.
+        rows: number of rows over all ranks, rounded up to whole batches, or all if there are fewer.
+        importances: function from a sample and the run's seed to feature -> score; called on
+            rank 0.
 
     Raises:
-        ValueError: on rank 0, if all labels are alike; on the others, RuntimeError.
+        ValueError: on rank 0, if all labels are equal; the other ranks raise RuntimeError.
     """
     ranks, model = pretraining.ranks, pretraining.job.model
     sample = gathered(pretraining, rows)
@@ -83,7 +84,7 @@ def scores_from_sample(
             if sample.labels.all() or not sample.labels.any():
                 raise ValueError(
                     f"all {len(sample.labels)} rows of pretraining that the scorer reads have the "
-                    "same label, so no feature says anything about it: give it more rows"
+                    "same label, so features cannot be scored by it. Give the scorer more rows"
                 )
             text = json.dumps(importances(sample, pretraining.seed))
     found = json.loads(broadcast_text(text, ranks.group, ranks.device))
@@ -93,13 +94,13 @@ def scores_from_sample(
 
 
 def gathered(pretraining: Pretraining, rows: int) -> Sample | None:
-    """The first rows of pretraining on rank 0, one rank's after another's; None elsewhere.
+    """The first pretraining rows, gathered on rank 0 in rank order; None on other ranks.
 
     Collective.
 
     Args:
-        pretraining: whose rows are read.
-        rows: of all ranks together, rounded up to whole batches, or all if there are fewer.
+        pretraining: pretraining whose rows are read.
+        rows: number of rows over all ranks, rounded up to whole batches, or all if there are fewer.
     """
     ranks = pretraining.ranks
     steps = min(-(-rows // (pretraining.batch_size * ranks.world_size)), pretraining.steps)
@@ -120,18 +121,18 @@ def gathered(pretraining: Pretraining, rows: int) -> Sample | None:
 
 
 def check_rows(rows: int) -> int:
-    """The number of rows that a scorer was configured with.
+    """Returns a scorer's configured number of rows.
 
     Raises:
         ValueError: if it is below 1.
     """
     if rows < 1:
-        raise ValueError(f"rows is {rows}, it must be at least 1")
+        raise ValueError(f"rows is {rows}; it must be at least 1")
     return rows
 
 
 def check_scikit_learn(scorer: object) -> None:
-    """Raises ValueError unless scikit-learn, which the scorer needs, is installed."""
+    """Raises ValueError if scikit-learn, which the scorer needs, is not installed."""
     if find_spec("sklearn") is None:
         raise ValueError(
             f"{type(scorer).__name__} needs scikit-learn: pip install 'torchrec-fmp[scorers]'"
@@ -139,11 +140,11 @@ def check_scikit_learn(scorer: object) -> None:
 
 
 def drawn_ids(batch: Batch, noise: torch.Generator) -> Tensor:
-    """(B, F) int64, one id of each bag of the batch drawn at random; `EMPTY` of an empty bag."""
+    """(B, F) int64, one id of each bag, drawn at random; `EMPTY` for an empty bag."""
     bags = batch.sparse_features
     lengths = bags.lengths()
     uniform = torch.rand(len(lengths), generator=noise, device=lengths.device, dtype=torch.float64)
-    # An empty bag behind all others starts where there is no id.
+    # An empty last bag starts past the last id.
     ids = torch.cat([bags.values(), bags.values().new_full((1,), EMPTY)])
     drawn = ids[bags.offsets()[:-1] + (uniform * lengths).long()]
     return drawn.where(lengths > 0, EMPTY).view(len(bags.keys()), -1).T

@@ -1,4 +1,4 @@
-"""SHARK's first-order Taylor score: what a feature's mean in its place would do to the loss."""
+"""SHARK's first-order Taylor score: the loss change when a feature becomes its mean."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class TaylorScorer(Scorer):
 
     SHARK (Zhang et al. 2023, arXiv:2308.09395, section 3.1, F-permutation), as in ERASE
     (Applied-Machine-Learning-Lab/ERASE, models/fs/shark.py): L is the loss of one example of the
-    trained model, e its embedding, E[e] the mean over the validation rows. The products of an
-    example are added up over the feature's tables and, in a sequence, over its positions.
+    trained model, e is the example's embedding, and E[e] is the mean over the validation rows. The
+    products of an example are summed over the feature's tables and, in a sequence, over its
+    positions.
 
     Args:
-        batches: of validation rows, on each rank, read twice; ERASE takes the whole split.
+        batches: number of validation batches on each rank, read twice; ERASE uses the whole split.
 
     Raises:
         ValueError: if batches is below 1.
@@ -53,13 +54,13 @@ class TaylorScorer(Scorer):
                 ):
                     change = gradient * (mean - value.detach())
                     products += block.per_example(change.float(), features, size)
-                # The loss is the mean over examples, and one's own is wanted.
+                # The loss is the mean over examples; `size` restores each example's gradient.
                 total += (size * products).abs().sum(0, dtype=torch.float64)
                 rows += size
         return scores_of(model, _sum(total, ranks) / _sum(rows, ranks))
 
     def _means(self, pretraining: Pretraining, recorder: _Recorder) -> list[Tensor]:
-        """(W,) the mean of each block over the rows of all ranks, in the order of a forward."""
+        """(W,) mean of each block over the rows of all ranks, in forward order."""
         sums: list[Tensor] = []
         rows: list[Tensor] = []
         with torch.no_grad():
@@ -69,9 +70,9 @@ class TaylorScorer(Scorer):
                 if not sums:
                     sums = [value.new_zeros(value.shape[1]) for value in values]
                     rows = [value.new_zeros(()) for value in values]
-                for place, value in enumerate(values):
-                    sums[place] += value.sum(0)
-                    rows[place] += len(value)
+                for position, value in enumerate(values):
+                    sums[position] += value.sum(0)
+                    rows[position] += len(value)
         ranks = pretraining.ranks
         return [
             _sum(total, ranks) / _sum(count, ranks).clamp(min=1)
@@ -80,7 +81,7 @@ class TaylorScorer(Scorer):
 
 
 class _Recorder:
-    """A change that changes nothing, and keeps what the model has read."""
+    """A change that leaves values unchanged and records the values that the model reads."""
 
     def __init__(self) -> None:
         self._blocks: list[Block] = []
@@ -93,7 +94,7 @@ class _Recorder:
         return values
 
     def take(self) -> tuple[list[Block], list[Tensor]]:
-        """The blocks of the forward just run, and the leaves that the model has read."""
+        """The blocks of the last forward, and the leaf tensors that the model read."""
         taken = self._blocks, self._values
         self._blocks, self._values = [], []
         return taken

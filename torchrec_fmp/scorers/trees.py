@@ -1,4 +1,4 @@
-"""Importance of features to ensembles of trees, of scikit-learn."""
+"""Importance of features in scikit-learn's tree ensembles."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 
 
 class GradientBoostedTreesScorer(Scorer):
-    """Decrease of the impurity over a feature's splits, of gradient-boosted trees.
+    """Impurity decrease over a feature's splits in gradient-boosted trees.
 
     Friedman 2001, "Greedy function approximation: A gradient boosting machine", section 8.1, as in
     ERASE (arXiv:2403.12660; Applied-Machine-Learning-Lab/ERASE, utils/utils.py, gbdt), with its
-    settings. Ids are split by their order, as there, so a table is the easier to split the better
-    its ids are sorted; of a bag, the trees see one id drawn at random.
+    settings. As in ERASE, ids are split by their order, so a feature with well-sorted ids is easier
+    to split. The trees see one id of each bag, drawn at random.
 
     Args:
-        rows: of pretraining to fit, over all ranks, in memory of rank 0; ERASE takes all. 100 trees
-            on 50,000 rows of 40 features took 69 s of one busy core, and more rows take as much
-            longer.
-        n_estimators: trees.
-        max_depth: of each.
-        learning_rate: of the boosting.
-        n_iter_no_change: rounds without a gain on a tenth of the rows after which it ends.
+        rows: number of pretraining rows to fit, over all ranks, in memory of rank 0; ERASE uses
+            all rows. 100 trees on 50,000 rows of 40 features took 69 s of one busy core; time grows
+            in proportion to the rows.
+        n_estimators: number of trees.
+        max_depth: maximum depth of each tree.
+        learning_rate: learning rate of the boosting.
+        n_iter_no_change: number of rounds without a gain on a tenth of the rows before boosting
+            ends.
 
     Raises:
         ValueError: if rows is below 1, or scikit-learn is missing.
@@ -63,17 +64,18 @@ class GradientBoostedTreesScorer(Scorer):
 
 
 class RandomForestScorer(Scorer):
-    """Mean decrease of the Gini impurity over a feature's splits, of a random forest.
+    """Mean decrease of the Gini impurity over a feature's splits in a random forest.
 
     Breiman 2001, "Random forests", as in ERASE (arXiv:2403.12660;
     Applied-Machine-Learning-Lab/ERASE, utils/utils.py, rf), with its settings: ids are split by
-    their order, and trees grow until their leaves are pure, which favors features of many values;
-    a `max_depth` lessens that. Of a bag, the trees see one id drawn at random.
+    their order, and trees grow until their leaves are pure. This favors features with many values;
+    a `max_depth` reduces the effect. The trees see one id of each bag, drawn at random.
 
     Args:
-        rows: of pretraining to fit, over all ranks, in memory of rank 0; ERASE takes all.
-        n_estimators: trees.
-        max_depth: of each; None for no bound.
+        rows: number of pretraining rows to fit, over all ranks, in memory of rank 0; ERASE uses
+            all rows.
+        n_estimators: number of trees.
+        max_depth: maximum depth of each tree; None for no limit.
 
     Raises:
         ValueError: if rows is below 1, or scikit-learn is missing.
@@ -97,7 +99,7 @@ class RandomForestScorer(Scorer):
             n_estimators=self.n_estimators,
             max_depth=self.max_depth,
             random_state=seed,
-            # The other ranks of this machine wait.
+            # The other ranks of this machine are idle meanwhile.
             n_jobs=-1,
         )
         return _impurity_decreases(forest, sample)

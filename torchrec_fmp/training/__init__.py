@@ -1,3 +1,3 @@
-"""The sharded model, its optimizers, the training loop, and its metrics."""
+"""The sharded model, its optimizers, the training loop and metrics."""
 
 from __future__ import annotations

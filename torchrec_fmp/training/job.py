@@ -1,4 +1,4 @@
-"""A sharded model with the optimizer of its dense parameters: what a phase trains."""
+"""`Job`: a sharded model with the optimizer of its dense parameters, trained by each phase."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FUSED = {
 
 @dataclass
 class Job:
-    """A sharded model, the optimizer of all that is not fused, and the columns that it reads."""
+    """A sharded model, the optimizer of its parameters that are not fused, and its columns."""
 
     model: DistributedModelParallel
     optimizer: Optimizer
@@ -54,13 +54,13 @@ def build_job(
     With the same seed, the gated and the plain model start from the same weights.
 
     Args:
-        backbone: builds the model.
+        backbone: backbone that builds the model.
         schema: columns that the model reads.
         train: learning rates, and the tables' optimizer.
-        seed: of the weights and, added to the gates' own, of their noise.
-        ranks: the group.
-        planner: of the tables.
-        gates: of every feature; None for none.
+        seed: seed of the weights; added to the gates' own seed, it also seeds their noise.
+        ranks: process group.
+        planner: planner for the tables.
+        gates: config of every feature's gate; None for a model without gates.
 
     Raises:
         ValueError: if the tables' optimizer cannot train a table of the plan on this device.
@@ -73,8 +73,8 @@ def build_job(
     model_sharders = table_sharders(train)
     plan = planner.collective_plan(model, model_sharders, ranks.group)
     _check_kernels(plan, train, ranks.device.type)
-    # Each rank fills its own shards, which must not be each other's copies. The CPU generator
-    # reads the seed's lower 32 bits only.
+    # Each rank initializes its own shards, which must differ between ranks. The CPU generator
+    # reads only the seed's lower 32 bits.
     torch.manual_seed(seed + _SEEDS_APART * ranks.rank)
     sharded = DistributedModelParallel(
         model, device=ranks.device, plan=plan, sharders=model_sharders
@@ -99,13 +99,13 @@ def _check_kernels(plan: ShardingPlan, config: TrainConfig, device_type: str) ->
     if fused and config.embedding_optimizer == "adam" and device_type == "cpu":
         raise ValueError(
             f"train.embedding_optimizer is adam and the plan shards {fused[0]}, but FBGEMM has no "
-            "fused Adam on CPU: set planner.sharding_types to [data_parallel], whose tables "
-            "torch.optim.Adam trains, or train.embedding_optimizer to rowwise_adagrad"
+            "fused Adam on CPU. Set planner.sharding_types to [data_parallel], so that "
+            "torch.optim.Adam trains the tables, or train.embedding_optimizer to rowwise_adagrad"
         )
 
 
 def _optimizer(model: DistributedModelParallel, config: TrainConfig) -> Adam:
-    """Of all layers, and of data-parallel tables in a group of their own. Gates have their own."""
+    """The optimizer of all layers and, in a separate group, data-parallel tables; not of gates."""
     log_alphas = {id(module.log_alpha) for _, module in feature_gates(model)}
     named = dict(in_backward_optimizer_filter(model.named_parameters()))
     dense = [parameter for parameter in named.values() if id(parameter) not in log_alphas]

@@ -15,18 +15,18 @@ from torchrec_fmp.data.auc import exact_auc
 from torchrec_fmp.distributed.ranks import Ranks
 from torchrec_fmp.embeddings.evaluation import evaluation
 
-# Below the 32,768 elements from which torch copies in parallel. Gloo copies in a thread of its own,
-# whose OpenMP team would stay: with more such threads than cores OpenMP stops spinning, and from
-# then on FBGEMM's backward pass of small batches takes ten times as long.
+# Below 32,768 elements, where torch starts to copy in parallel. Gloo copies in a separate thread,
+# whose OpenMP team would persist: with more such threads than cores, OpenMP stops spinning, and
+# FBGEMM's backward pass of small batches then takes ten times as long.
 _GATHERED_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Of the predictions for a split.
+    """Metrics of the predictions for a split.
 
     Args:
-        auc: area under the ROC curve, exact; NaN where the split has one class only.
+        auc: exact area under the ROC curve; NaN if the split has only one class.
         logloss: mean binary cross entropy in nats.
         ne: normalized entropy, logloss over the entropy of the mean label (He et al. 2014,
             "Practical lessons from predicting clicks on ads at Facebook"); NaN for one class.
@@ -39,11 +39,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of a model for a split, rank by rank, on every rank.
+    """A model's predictions for a split, in rank order, on every rank.
 
     Args:
-        logits: (N,) fp32, on CPU.
-        labels: (N,) fp32, 0 or 1, on CPU.
+        logits: (N,) fp32 logits, on CPU.
+        labels: (N,) fp32 labels, 0 or 1, on CPU.
     """
 
     logits: Tensor
@@ -55,19 +55,19 @@ class Predictions:
 
 
 def evaluate(model: nn.Module, batches: Iterable[tuple[Batch, int]], ranks: Ranks) -> Metrics:
-    """Metrics of `predict`'s predictions; the same arguments. Collective."""
+    """Metrics of `predict`'s predictions, with the same arguments. Collective."""
     return predict(model, batches, ranks).metrics()
 
 
 def predict(model: nn.Module, batches: Iterable[tuple[Batch, int]], ranks: Ranks) -> Predictions:
-    """Predictions of the model in evaluation for every rank's batches.
+    """Predictions for every rank's batches, with the model in evaluation mode.
 
-    Collective. Logits and labels, 8 bytes a row, are gathered on every rank.
+    Collective. Logits and labels, 8 bytes per row, are gathered on every rank.
 
     Args:
-        model: takes a batch, returns `(loss, (loss, logits, labels))`.
-        batches: the same number on every rank, each with its number of real rows.
-        ranks: the group.
+        model: model that takes a batch and returns `(loss, (loss, logits, labels))`.
+        batches: batches, each with its number of real rows; their number is the same on every rank.
+        ranks: process group.
     """
     logits, labels = [], []
     with evaluation(model):
@@ -82,8 +82,8 @@ def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
     """Metrics of predictions.
 
     Args:
-        logits: (N,) float64.
-        labels: (N,) float64, 0 or 1.
+        logits: (N,) float64 logits.
+        labels: (N,) float64 labels, 0 or 1.
 
     Raises:
         ValueError: if there are no rows, or a logit is not finite.
@@ -101,7 +101,7 @@ def metrics_of(logits: Tensor, labels: Tensor) -> Metrics:
 
 
 def _gather(values: Tensor, ranks: Ranks) -> Tensor:
-    """Every rank's (n,) values behind each other, on every rank; n may differ."""
+    """Every rank's (n,) values concatenated, on every rank; n may differ between ranks."""
     count = torch.tensor([values.numel()], device=ranks.device)
     counts = [torch.zeros_like(count) for _ in range(ranks.world_size)]
     dist.all_gather(counts, count, group=ranks.group)

@@ -1,4 +1,4 @@
-"""The training loop: one for every phase."""
+"""The training loop, shared by all phases."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ class TrainingDiverged(RuntimeError):
 
 
 class Steps(Protocol):
-    """What else is learned in each step, beside the model: gates, say, and their penalty."""
+    """Extra work in each training step, such as learning gates under their penalty."""
 
     def loss_term(self, step: int) -> Tensor | None:
-        """Called before the step's forward; what to add to the loss, if anything."""
+        """Called before the step's forward; returns a term to add to the loss, or None."""
 
     def update(self, step: int) -> None:
-        """Called behind the step's backward."""
+        """Called after the step's backward."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a phase took.
+    """Steps, samples and time of a phase.
 
     Args:
-        steps: number of them.
-        samples: over all ranks.
-        step_ms: median of a step without its wait for input, NaN without steps.
+        steps: number of steps.
+        samples: number of samples over all ranks.
+        step_ms: median time of a step without its wait for input; NaN without steps.
         seconds: wall time of the loop.
-        input_share: share of it that was spent waiting for the reader.
+        input_share: share of the wall time spent waiting for the reader.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class Progress:
 
 
 def total_progress(parts: Sequence[Progress]) -> Progress:
-    """Of a phase that was trained in parts; `step_ms` is the mean of theirs, by steps."""
+    """Progress of a phase trained in parts; `step_ms` is the parts' mean, weighted by steps."""
     steps = sum(part.steps for part in parts)
     seconds = sum(part.seconds for part in parts)
     trained = [part for part in parts if part.steps]
@@ -80,15 +80,15 @@ def train(
     """Trains on every batch once.
 
     Args:
-        model: takes a batch, returns `(loss, (loss, logits, labels))`; its tables' optimizer is
-            fused into the backward pass.
-        optimizer: of the other parameters.
-        batches: this rank's, the same number on every rank.
-        phase: for the log and the progress bar.
+        model: model that takes a batch and returns `(loss, (loss, logits, labels))`; its tables'
+            optimizer is fused into the backward pass.
+        optimizer: optimizer of the other parameters.
+        batches: this rank's batches; their number is the same on every rank.
+        phase: name of the phase, for the log and the progress bar.
         total: number of batches.
-        ranks: the group.
-        log: gets one line a logging interval, and one for what is left at the end.
-        extra: what else learns in each step, as the gates do in pretraining.
+        ranks: process group.
+        log: log that receives one line per logging interval, and one for the remaining steps.
+        extra: extra work in each step, such as learning the gates in pretraining.
 
     Raises:
         TrainingDiverged: if the loss is not finite; names phase and step.
@@ -103,7 +103,7 @@ def train(
     ):
         step_start = time.perf_counter()
         optimizer.zero_grad()
-        # Before the forward: it also puts the gates into their state for this step.
+        # Before the forward, because it also sets the gates' state for this step.
         term = None if extra is None else extra.loss_term(step)
         loss, _ = model(batch.to(ranks.device))
         (loss if term is None else loss + term).backward()

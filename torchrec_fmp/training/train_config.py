@@ -1,4 +1,4 @@
-"""`TrainConfig`: training in every phase."""
+"""`TrainConfig`: training options of every phase."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torchrec_fmp.strict import check_positive
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training in both phases, and of the reference model.
+    """Training options of both phases and of the reference model.
 
     Args:
-        batch_size: rows a step on each rank, outside of pretraining.
-        learning_rate: of Adam, for the dense parameters.
-        embedding_learning_rate: of the tables' optimizer.
-        embedding_optimizer: of the tables, fused into the backward pass. With `adam` they may be
-            data-parallel, and on CPU, where FBGEMM has no fused Adam, they must be:
-            `torch.optim.Adam` trains these, and moves rows that a batch does not read by their
-            momentum, where the fused one leaves them alone.
-        shuffle: permute row groups and the rows in them; otherwise the data's order is kept.
-        bad_input: raise at values that cannot be trained on, or replace and count them.
-        workers: threads that decode ahead; they do not change the order.
-        log_interval: steps between two lines of metrics.jsonl.
+        batch_size: rows per step on each rank, except in pretraining.
+        learning_rate: learning rate of Adam for the dense parameters.
+        embedding_learning_rate: learning rate of the tables' optimizer.
+        embedding_optimizer: optimizer of the tables, fused into the backward pass. With `adam`,
+            tables may be data-parallel; on CPU they must be, because FBGEMM has no fused Adam
+            there. `torch.optim.Adam` trains data-parallel tables; it also moves rows that a batch
+            does not read, by their momentum, while the fused Adam leaves them unchanged.
+        shuffle: whether to permute row groups and their rows; otherwise the data's order is kept.
+        bad_input: action for values that cannot be trained on: raise, or replace and count them.
+        workers: number of threads that decode ahead; they do not change the order.
+        log_interval: number of steps between two lines of metrics.jsonl.
     """
 
     batch_size: int = 1024
@@ -40,4 +40,4 @@ class TrainConfig:
         check_positive(self, "train", "batch_size", "learning_rate", "embedding_learning_rate")
         check_positive(self, "train", "log_interval")
         if self.workers < 0:
-            raise ValueError(f"train.workers is {self.workers}, it must be at least 0")
+            raise ValueError(f"train.workers is {self.workers}; it must be at least 0")

@@ -1,4 +1,4 @@
-"""`Warmup`: learning rates that start small, of the dense and of the fused optimizer."""
+"""`Warmup`: learning rates that start small, for the dense and the fused optimizer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 class Warmup:
     """Raises the learning rates linearly over the first steps; a `train.Steps`.
 
-    Step i, from 0, has min(1, (i + 1) / (steps + 1)) of the rate.
+    Step i, from 0, uses min(1, (i + 1) / (steps + 1)) of the full rate.
 
     Args:
-        model: the sharded model, with its fused optimizer.
-        optimizer: of all parameters that are not fused.
-        steps: with less than the full rate.
+        model: sharded model with its fused optimizer.
+        optimizer: optimizer of all parameters that are not fused.
+        steps: number of steps with less than the full rate.
     """
 
     def __init__(self, model: DistributedModelParallel, optimizer: Optimizer, steps: int) -> None:
@@ -28,7 +28,7 @@ class Warmup:
         self._set_fused()
 
     def loss_term(self, step: int) -> Tensor | None:
-        """Nothing is added to the loss."""
+        """Adds nothing to the loss."""
         return None
 
     def update(self, step: int) -> None:
@@ -38,5 +38,5 @@ class Warmup:
         self._set_fused()
 
     def _set_fused(self) -> None:
-        # FBGEMM's kernels take their rate from the fused optimizer's groups when that steps.
+        # FBGEMM's kernels read their rate from the fused optimizer's groups when it steps.
         self._fused.step()

@@ -1,4 +1,4 @@
-"""The smallest number of features whose validation loss is no worse than the best's."""
+"""The smallest number of features whose validation loss is no worse than the best."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LOSSES = st.dictionaries(
 )
 
 
-def test_a_size_is_as_good_up_to_the_standard_error_of_the_paired_difference() -> None:
-    # Over the best's, size 2 loses 0.0 and 0.2: mean 0.1, standard error 0.1. The batches' own
-    # losses differ by far more.
+def test_a_size_is_as_good_within_the_standard_error_of_the_paired_difference() -> None:
+    # Size 2 loses 0.0 and 0.2 more than the best: mean 0.1, standard error 0.1. The losses differ
+    # far more between the batches.
     losses = {1: [5.3, 9.3], 2: [5.0, 9.2], 3: [5.0, 9.0], 4: [5.1, 9.0]}
     assert smallest_size(losses, 1.0001) == 2
     assert smallest_size(losses, 0.9999) == 3
@@ -29,7 +29,7 @@ def test_a_size_is_as_good_up_to_the_standard_error_of_the_paired_difference() -
 
 
 @given(LOSSES, st.floats(0.0, 3.0), st.floats(0.0, 3.0))
-def test_more_tolerance_never_keeps_more_and_never_more_than_the_best_size(
+def test_more_tolerance_never_keeps_more_features_nor_more_than_the_best_size(
     losses: dict[int, list[float]], first: float, second: float
 ) -> None:
     low, high = sorted((first, second))
@@ -38,7 +38,7 @@ def test_more_tolerance_never_keeps_more_and_never_more_than_the_best_size(
     assert smallest_size(losses, high) <= smallest_size(losses, low) <= best
 
 
-def test_the_best_features_of_the_chosen_size_stay() -> None:
+def test_the_best_features_up_to_the_chosen_size_are_kept() -> None:
     scores = {"a": 1.0, "b": 3.0, "c": 2.0}
     losses = {1: [0.7, 0.9], 2: [0.5, 0.5], 3: [0.5, 0.5]}
     selection = BestSize().select(FeatureScores(scores, dict.fromkeys(scores, 0.5), losses=losses))
@@ -48,7 +48,7 @@ def test_the_best_features_of_the_chosen_size_stay() -> None:
     assert selection.gates == {"a": 0.0, "b": 0.5, "c": 0.5}
 
 
-def test_scores_without_validation_losses_are_refused_and_say_what_sets_them() -> None:
+def test_scores_without_validation_losses_are_refused_with_a_remedy() -> None:
     with pytest.raises(ValueError, match="with_losses"):
         BestSize().select(FeatureScores({"a": 1.0}, {"a": 1.0}))
 
@@ -57,6 +57,6 @@ def test_scores_without_validation_losses_are_refused_and_say_what_sets_them() -
     ("arguments", "match"),
     [((-1.0,), "standard_errors"), ((math.nan,), "standard_errors"), ((1.0, 1), "batches")],
 )
-def test_a_rule_that_could_not_decide_is_refused(arguments: tuple[float, int], match: str) -> None:
+def test_invalid_arguments_are_refused(arguments: tuple[float, int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         BestSize(*arguments)

@@ -1,4 +1,4 @@
-"""Closed gates go, at exactly the documented boundary."""
+"""Features with closed gates are dropped, at exactly the documented boundary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 from torchrec_fmp.selection.policies.closed_gates import ClosedGates
 
 
-def test_features_with_a_gate_up_to_the_threshold_go_and_all_others_stay() -> None:
+def test_features_with_a_gate_up_to_the_threshold_are_dropped_and_all_others_kept() -> None:
     above = math.nextafter(0.25, 1)
     gates = {"a": 0.25, "b": above, "c": 1.0, "d": 0.0}
     scores = FeatureScores({"a": 9.0, "b": -9.0, "c": 0.0, "d": 1.0}, gates)
@@ -36,6 +36,6 @@ def test_the_boundary_is_at_the_documented_log_alpha(
 
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.0, math.nan])
-def test_a_threshold_that_no_gate_or_every_gate_is_below_is_refused(threshold: float) -> None:
+def test_invalid_threshold_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match="threshold"):
         ClosedGates(threshold)

@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> str:
     return path
 
 
-def test_the_files_decisions_are_taken_in_the_models_order(path: str) -> None:
+def test_the_decisions_of_the_file_are_used_in_the_order_of_the_model(path: str) -> None:
     selection = FromFile(path).select(scores("b", "a"))
     assert list(selection.features.items()) == [("b", DROPPED), ("a", KEPT)]
 

@@ -1,4 +1,4 @@
-"""`decide` lets no embedding collection become empty."""
+"""`decide` never leaves an embedding collection empty."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchrec_fmp.selection.policies.closed_gates import ClosedGates
 from torchrec_fmp.selection.policies.policy import decide
 
 
-def test_the_best_feature_of_a_collection_that_would_be_empty_stays_fully_open() -> None:
+def test_the_best_feature_of_an_otherwise_empty_collection_is_kept_fully_open() -> None:
     scores = FeatureScores(
         scores={"a": -3.0, "b": -2.5, "c": 1.0, "d": -4.0, "x": -3.0},
         gates={"a": 0.0, "b": 0.0, "c": 0.6, "d": 0.0, "x": 0.0},

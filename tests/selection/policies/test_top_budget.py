@@ -1,4 +1,4 @@
-"""A budget of features, bytes or milliseconds is kept, and filled from the best on."""
+"""A budget of features, bytes or milliseconds is kept, and spent on the best features first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ orders = st.sampled_from(["score", "score_per_cost"])
 
 @st.composite
 def priced(draw: st.DrawFn) -> FeatureScores:
-    """Up to 8 features; tables are shared, and features have several, one or none."""
+    """Up to 8 features; tables may be shared, and features may have several, one or none."""
     names = NAMES[: draw(st.integers(1, len(NAMES)))]
     score = st.integers(-3, 3).map(float) | st.floats(-5, 5)
     table = st.builds(
@@ -48,7 +48,7 @@ def scored(costs: dict[str, float], scores: dict[str, float], gate: float = 1.0)
 
 @settings(max_examples=300, deadline=None)
 @given(priced(), shares, orders)
-def test_the_budget_is_exceeded_by_nothing_but_one_features_tables(
+def test_only_the_tables_of_a_single_feature_may_exceed_the_budget(
     scores: FeatureScores, keep: float, order: Any
 ) -> None:
     kept = TopBudget(keep, order=order).select(scores).kept
@@ -60,7 +60,7 @@ def test_the_budget_is_exceeded_by_nothing_but_one_features_tables(
 
 @settings(max_examples=300, deadline=None)
 @given(priced(), shares, shares, orders)
-def test_a_larger_budget_keeps_all_that_a_smaller_one_does(
+def test_a_larger_budget_keeps_every_feature_that_a_smaller_one_keeps(
     scores: FeatureScores, one: float, other: float, order: Any
 ) -> None:
     small, large = (
@@ -70,7 +70,7 @@ def test_a_larger_budget_keeps_all_that_a_smaller_one_does(
 
 
 @given(priced(), orders)
-def test_the_whole_cost_keeps_every_feature_whatever_the_rounding(
+def test_a_budget_of_the_whole_cost_keeps_every_feature_despite_rounding(
     scores: FeatureScores, order: Any
 ) -> None:
     selection = TopBudget(1.0, order=order).select(scores)
@@ -78,7 +78,7 @@ def test_the_whole_cost_keeps_every_feature_whatever_the_rounding(
 
 
 @given(priced(), shares)
-def test_by_score_no_dropped_feature_is_better_than_a_kept_one_that_costs(
+def test_by_score_no_dropped_feature_is_better_than_a_kept_feature_with_a_cost(
     scores: FeatureScores, keep: float
 ) -> None:
     selection = TopBudget(keep).select(scores)
@@ -88,7 +88,7 @@ def test_by_score_no_dropped_feature_is_better_than_a_kept_one_that_costs(
             assert all(scores.scores[name] >= scores.scores[d] for d in selection.dropped)
 
 
-def test_features_count_one_each_dense_columns_among_them() -> None:
+def test_every_feature_counts_as_one_including_dense_columns() -> None:
     scores = scored({}, {"a": 1.0, "b": 4.0, "c": 2.0, "d": 3.0})
     assert TopBudget(0.5, "features").select(scores).kept == ["b", "d"]
     assert TopBudget(0.74, "features").select(scores).kept == ["b", "d"]
@@ -115,7 +115,7 @@ def test_two_tables_of_equal_cost_and_features_are_both_paid() -> None:
     assert TopBudget(0.7).select(scores).kept == ["b"]
 
 
-def test_behind_the_budget_a_free_feature_stays_unless_its_gate_is_closed() -> None:
+def test_a_free_feature_beyond_the_budget_is_kept_unless_its_gate_is_closed() -> None:
     scores = FeatureScores(
         {"best": 4.0, "wide": 3.0, "column": 2.0, "closed": 1.0},
         {"best": 1.0, "wide": 1.0, "column": 0.5, "closed": 0.0},
@@ -127,7 +127,7 @@ def test_behind_the_budget_a_free_feature_stays_unless_its_gate_is_closed() -> N
     assert selection.features["column"].reason.endswith("this one adds no bytes")
 
 
-def test_by_score_a_wide_feature_ends_the_budget_and_per_cost_it_comes_late() -> None:
+def test_a_wide_feature_uses_up_the_budget_by_score_and_comes_late_per_cost() -> None:
     scores = scored(
         {"wide": 60.0, "a": 20.0, "b": 10.0, "c": 10.0},
         {"wide": 5.0, "a": 4.0, "b": 3.0, "c": -1.0},
@@ -166,17 +166,17 @@ def test_an_amount_is_in_the_unit_of_the_costs(unit: Any, amount: str, kept: lis
         ("ms", 0.5, "unit is 'ms'; the units are features, bytes, hbm, step_ms"),
     ],
 )
-def test_a_budget_that_is_none_is_refused(unit: Any, amount: float | str, message: str) -> None:
+def test_invalid_budget_is_refused(unit: Any, amount: float | str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TopBudget(amount, unit)
 
 
-def test_an_unknown_order_is_named() -> None:
+def test_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order is 'cost'"):
         TopBudget(0.5, order="cost")  # type: ignore[arg-type]
 
 
-def test_decide_hands_the_costs_to_the_policy_and_their_absence_is_an_error() -> None:
+def test_decide_passes_the_costs_to_the_policy_and_missing_costs_are_an_error() -> None:
     scores = scored({}, {"a": 2.0, "b": 1.0})
     with pytest.raises(ValueError, match=r"costs=table_costs\(model, topology, 'hbm'\)"):
         decide(scores, TopBudget(0.5, "hbm"))
@@ -184,7 +184,7 @@ def test_decide_hands_the_costs_to_the_policy_and_their_absence_is_an_error() ->
     assert decide(scores, TopBudget(0.25, "hbm"), costs).kept == ["a"]
 
 
-def test_costs_of_unknown_features_are_named() -> None:
+def test_costs_of_unknown_features_are_refused() -> None:
     scores = scored({"a": 1.0, "stray": 1.0}, {"a": 2.0})
     with pytest.raises(ValueError, match=r"no score: \['stray'\]"):
         TopBudget(0.5).select(scores)

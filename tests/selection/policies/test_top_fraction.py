@@ -1,4 +1,4 @@
-"""A share of the features stays, the best ones."""
+"""A share of the features is kept: the best ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scored(*scores: float, gate: float = 1.0) -> FeatureScores:
     st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12),
     st.floats(0, 1, exclude_min=True),
 )
-def test_the_best_stay_as_many_as_asked_and_ties_go_by_order(
+def test_the_requested_number_of_best_features_is_kept_with_ties_by_order(
     values: list[float], fraction: float
 ) -> None:
     selection = TopFraction(fraction).select(scored(*values))

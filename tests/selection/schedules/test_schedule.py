@@ -1,4 +1,4 @@
-"""What each prune of a schedule leaves."""
+"""The features that each prune of a schedule keeps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ policies = st.one_of(
 
 
 def scores_of(names: list[str], drawn: tuple[list[float], list[float]]) -> FeatureScores:
-    """Of what is left; one collection has the first half of the features."""
+    """Scores of the remaining features; one collection has the first half of all features."""
     score, gate = (dict(zip(NAMES, some, strict=True)) for some in drawn)
     collections = {"ebc": [name for name in names if name in NAMES[:6]]}
     return FeatureScores({n: score[n] for n in names}, {n: gate[n] for n in names}, collections)
@@ -58,7 +58,7 @@ def selections(policy: Policy, prunes: int, drawn: list[tuple[list[float], list[
 
 @settings(max_examples=100, deadline=None)
 @given(policies, st.integers(1, 4), rounds)
-def test_what_is_gone_stays_gone_with_the_decision_it_went_by(
+def test_dropped_features_stay_dropped_with_their_original_decision(
     policy: Policy, prunes: int, drawn: list[tuple[list[float], list[float]]]
 ) -> None:
     gone: dict[str, object] = {}
@@ -73,7 +73,7 @@ def test_what_is_gone_stays_gone_with_the_decision_it_went_by(
 
 @settings(max_examples=100, deadline=None)
 @given(policies, rounds, st.lists(st.floats(0, 1), min_size=12, max_size=12))
-def test_every_prune_notes_the_confidence_in_its_decisions(
+def test_every_prune_records_the_confidence_in_its_decisions(
     policy: Policy,
     drawn: list[tuple[list[float], list[float]]],
     shares: list[float],
@@ -88,7 +88,7 @@ def test_every_prune_notes_the_confidence_in_its_decisions(
 
 @settings(max_examples=100, deadline=None)
 @given(policies, st.integers(2, 4), rounds)
-def test_a_prune_before_the_last_keeps_the_policys_set_and_the_best_of_the_rest(
+def test_a_prune_before_the_last_keeps_the_policys_features_and_the_best_of_the_rest(
     policy: Policy, prunes: int, drawn: list[tuple[list[float], list[float]]]
 ) -> None:
     scores, selection = selections(policy, prunes, drawn)[0]
@@ -107,11 +107,11 @@ def test_a_prune_before_the_last_keeps_the_policys_set_and_the_best_of_the_rest(
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(0.05, 1), st.integers(1, 4), rounds)
-def test_the_last_prune_leaves_the_share_of_all_features_that_the_policy_names(
+def test_the_last_prune_keeps_the_policys_share_of_all_features(
     fraction: float, prunes: int, drawn: list[tuple[list[float], list[float]]]
 ) -> None:
     scores, selection = selections(TopFraction(fraction), prunes, drawn)[-1]
-    # The collection may need one feature more, as in one prune.
+    # The collection may need one more feature, as in a single prune.
     count = max(1, round(12 * fraction))
     assert len(selection.kept) in (count, count + 1)
     ranked = sorted(scores.scores, key=lambda name: -scores.scores[name])
@@ -127,7 +127,7 @@ def test_one_shot_is_the_policys_decision(
     assert decide_prune(scores, policy, OneShot(), 1, costs=costs) == decide(scores, policy, costs)
 
 
-def test_closed_gates_decide_on_what_is_left_alone() -> None:
+def test_closed_gates_decide_only_on_the_remaining_features() -> None:
     scores = FeatureScores({"a": 2.0, "c": -3.0}, {"a": 1.0, "c": 0.0})
     first = FeatureScores({"a": 2.0, "b": -9.0, "c": -3.0}, {"a": 1.0, "b": 0.0, "c": 0.0})
     earlier = decide_prune(first, ClosedGates(), Gradual(2), 1)
@@ -141,8 +141,8 @@ def test_closed_gates_decide_on_what_is_left_alone() -> None:
     assert last.features["b"] == earlier.features["b"]
 
 
-def test_a_budget_is_of_the_first_models_costs() -> None:
-    # Half of all is 39. What the last prune sees costs 4 + 5 + ... + 12 = 72, half of it 36.
+def test_a_budget_is_a_share_of_the_full_models_cost() -> None:
+    # Half of all costs is 39. The last prune's features cost 4 + 5 + ... + 12 = 72, half is 36.
     drawn = ([float(i) for i in range(12)], [1.0] * 12)
     budget = TopBudget(38 / 78, "bytes")
     gone = Selection.dropping(NAMES[:3]).features
@@ -151,12 +151,12 @@ def test_a_budget_is_of_the_first_models_costs() -> None:
     last = decide_prune(
         scores_of(earlier.kept, drawn), budget, Gradual(2), 2, earlier=earlier, costs=TABLES
     )
-    # 12 + 11 + 10 = 33, and one of the collection; 9 more would be 42.
+    # 12 + 11 + 10 = 33, and one feature for the collection; 9 more would be 42.
     assert last.kept == ["f5", "f9", "f10", "f11"]
 
 
 @given(st.floats(0.01, 1), st.integers(1, 6))
-def test_gradual_prunes_leave_the_same_share_each_time_and_the_asked_for_one_in_the_end(
+def test_gradual_prunes_keep_the_same_share_each_time_and_the_requested_share_in_the_end(
     keep: float, prunes: int
 ) -> None:
     shares = [Gradual(prunes).share(number, keep) for number in range(1, prunes + 1)]

@@ -28,7 +28,7 @@ GATES = st.sampled_from([0.0, 0.25, 0.5, 1.0])
 
 
 def gated_deepfm() -> nn.Module:
-    """As TorchRec has it, with its sigmoid, and inside of a user's own model."""
+    """TorchRec's DeepFM with its sigmoid, inside a user's own model."""
     torch.manual_seed(0)
     model = SimpleDeepFMNN(len(DENSE), shared_tables(), hidden_layer_size=3, deep_fm_dimension=5)
     return attach_gates(Scorer(model), dense={"net.dense_arch": DENSE})
@@ -52,7 +52,9 @@ def refusal(gates: dict[str, float]) -> str | None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.fixed_dictionaries({name: GATES for name in ("a", "b", "c", "d", *DENSE)}))
-def test_it_computes_what_the_gates_leave_or_is_refused(gates: dict[str, float]) -> None:
+def test_the_pruned_model_computes_the_same_as_the_gated_one_or_is_refused(
+    gates: dict[str, float],
+) -> None:
     model, selection = gated_deepfm(), select(**gates)
     message = refusal(gates)
     if message is None:
@@ -63,7 +65,7 @@ def test_it_computes_what_the_gates_leave_or_is_refused(gates: dict[str, float])
             cut(blueprint(model), selection)
 
 
-def test_different_gates_of_one_table_are_refused_with_both_and_a_way_out() -> None:
+def test_different_gates_of_one_table_are_refused_with_their_values_and_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"\{'a': 0.25, 'b': 0.5\} do not, .* the same gate"):
         cut(blueprint(gated_deepfm()), select(a=0.25, b=0.5))
 
@@ -82,14 +84,14 @@ def test_the_tables_and_the_deep_layer_shrink() -> None:
     ("part", "where"),
     [("sparse_arch", "net"), ("inter_arch", "net"), ("deep_fm", "net.inter_arch")],
 )
-def test_a_part_that_was_replaced_is_refused(part: str, where: str) -> None:
+def test_a_replaced_part_is_refused(part: str, where: str) -> None:
     model = gated_deepfm()
     setattr(model.get_submodule(where), part, nn.Identity())
     with pytest.raises(TypeError, match=f"{where}.{part} is a Identity where .* has a "):
         cut(blueprint(model), select())
 
 
-def test_a_deep_module_of_unknown_make_is_refused() -> None:
+def test_a_deep_module_of_unknown_type_is_refused() -> None:
     model = gated_deepfm()
     model.get_submodule("net.inter_arch.deep_fm").dense_module = nn.Bilinear(2, 2, 2)
     with pytest.raises(TypeError, match="dense_module is a Bilinear, whose first layer"):
@@ -97,7 +99,7 @@ def test_a_deep_module_of_unknown_make_is_refused() -> None:
 
 
 class Ranker(nn.Module):
-    """A user's own: tables of several dimensions, and TorchRec's interaction with an MLP in it."""
+    """A user's model: tables of several dimensions, and TorchRec's interaction with an MLP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ def cut_ranker(model: Ranker, fqn: str, cutter: Cutter) -> None:
     cut_fm_interaction(model.interaction, join_fqn(fqn, "interaction"), cutter, widths, gates)
 
 
-def test_a_users_model_that_holds_the_interaction_needs_three_lines_of_its_own() -> None:
+def test_a_users_model_with_the_interaction_needs_only_a_short_rule() -> None:
     torch.manual_seed(0)
     model, selection = attach_gates(Ranker()), select(b=0, c=0.5, d=0.25)
     actual = pruned_output(model, selection)

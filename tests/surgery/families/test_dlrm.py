@@ -26,7 +26,7 @@ GATES = st.sampled_from([0.0, 0.25, 1.0])
 
 @settings(max_examples=60, deadline=None)
 @given(gates=st.lists(GATES, min_size=1, max_size=7).filter(any))
-def test_the_columns_are_those_of_the_interaction_of_the_kept_features(
+def test_the_columns_equal_the_interaction_of_the_kept_features(
     gates: list[float],
 ) -> None:
     generator = torch.Generator().manual_seed(len(gates))
@@ -63,21 +63,21 @@ def test_the_interaction_and_the_over_arch_shrink() -> None:
     linear = model.over_arch.model[0]._mlp[0]._linear
     assert linear.in_features == DIM + 3
     cut = cutter.tensors["net.over_arch.model.0._mlp.0._linear.weight"]
-    # Of the pairs da, db, dc, ab, ac, bc those without b.
+    # The pairs without b, out of da, db, dc, ab, ac, bc.
     assert cut.columns is not None
     assert cut.columns.tolist() == [0, 1, 2, 3, DIM, DIM + 2, DIM + 4]
     assert cut.scale is None
 
 
 @pytest.mark.parametrize("part", ["dense_arch", "sparse_arch", "inter_arch", "over_arch"])
-def test_a_part_that_was_replaced_is_refused(part: str) -> None:
+def test_a_replaced_part_is_refused(part: str) -> None:
     model = dlrm()
     setattr(model, part, nn.Identity())
     with pytest.raises(TypeError, match=rf"net\.{part} is a Identity where DLRM has a "):
         cut_dlrm(model, "net", Cutter(select(b=0)))
 
 
-def test_a_dlrm_whose_features_are_all_dropped_computes_what_the_closed_gates_leave() -> None:
+def test_a_dlrm_without_sparse_features_computes_the_same_as_with_closed_gates() -> None:
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(3, 2, generator=generator)
     features = KeyedJaggedTensor(
