@@ -1,4 +1,4 @@
-"""The comparison of a grid's rows, as Markdown."""
+"""Compares the rows of a grid and writes the comparison as Markdown."""
 
 from __future__ import annotations
 
@@ -17,23 +17,27 @@ from .settings import OURS, SCORERS, STRONG
 
 _Row = Mapping[str, Any]
 _Cost = Callable[[_Row], float]
-# Rows of earlier grids name a commit with this behind it, if the code was changed since.
+# Suffix of the commit in rows of earlier grids that ran with uncommitted changes.
 _DIRTY = "-dirty"
 _INTRODUCTION = f"""\
 # Feature selectors compared
 
-Each scorer ranks the features on the same pretraining rows. The best are kept, the model is pruned,
-and training continues. Test split; every difference is paired by seed and given as mean
-± half of its 95% confidence interval (Student's t), with the standard deviation in parentheses;
-bold where the interval excludes 0. "Full" is the unpruned model, trained on all rows once. Area:
-of the AUC difference to full over the kept fraction, by trapezoids, 0 at 1; higher is better.
-The best other scorer has the largest mean, which is partly chance.
-Bytes, wall times and rows are relative to full. Selection time is from the choice of rows to the
-scores; total time adds the prune and the continued training. Rows are counted until the features
-are scored: rows trained on, and rows that went forward through the model, in training or not.
-Spearman and Jaccard: mean over pairs of seeds, of scores and of kept features. Planted signals are
-the features whose removal lowers the true logit's AUC by more than {STRONG:g}. Recall is the share
-of them that is kept, precision their share of the kept features.
+Each scorer ranks the features on the same pretraining rows. The best features are kept, the model
+is pruned, and training continues. All accuracy figures are for the test split. "Full" is the
+unpruned model, trained once on all rows.
+
+- Differences are paired by seed: mean ± half of the 95% confidence interval (Student's t), with the
+  standard deviation in parentheses; bold where the interval excludes 0.
+- Area: the AUC difference to full, integrated over the kept fraction by trapezoids, with 0 at 1;
+  higher is better.
+- The best other scorer has the largest mean, which is partly chance.
+- Bytes, wall times and rows are relative to full. Selection time is from the choice of rows to the
+  scores; total time adds the prune and the continued training. Rows are counted until the features
+  are scored: rows trained on, and rows that went forward through the model, in training or not.
+- Spearman and Jaccard: mean over pairs of seeds, for scores and for kept features.
+- Planted signals are the features whose removal lowers the true logit's AUC by more than
+  {STRONG:g}. Recall is the share of planted signals that is kept, precision their share of the kept
+  features.
 """
 
 
@@ -108,7 +112,7 @@ def report(rows: Sequence[_Row]) -> str:
     """
     _check_settings(rows)
     groups = groups_of(rows)
-    sections = [_INTRODUCTION, _origin(rows), f"## {OURS} in short\n", _summary(groups)]
+    sections = [_INTRODUCTION, _origin(rows), f"## Summary of {OURS}\n", _summary(groups)]
     for (data, backbone), group in groups.items():
         sections += [f"## {data}, {backbone}\n", *_sections(group)]
     return "\n".join(sections)
@@ -128,8 +132,8 @@ def _check_settings(rows: Sequence[_Row]) -> None:
         where = (row["data"], row["backbone"], row["scorer"])
         if digests.setdefault(where, row["config_digest"]) != row["config_digest"]:
             raise ValueError(
-                f"{'-'.join(where)} was run with different settings, which cannot be compared: "
-                "run the grid again with all its seeds, or remove the older files of rows/"
+                f"{'-'.join(where)} was run with different settings, which cannot be compared. "
+                "Run the grid again with all its seeds, or remove the older files in rows/"
             )
 
 
@@ -139,7 +143,7 @@ def _origin(rows: Sequence[_Row]) -> str:
     clean = sorted(commit for commit in commits if not commit.endswith(_DIRTY))
     bases = sorted(commit.removesuffix(_DIRTY) for commit in commits if commit not in clean)
     machines = {
-        f"{row['device']}, {row['threads']} threads a cell, {row['jobs']} cells at a time"
+        f"{row['device']}, threads per cell: {row['threads']}, cells at a time: {row['jobs']}"
         for row in rows
     }
     lines = [f"{len(rows)} rows; {'; '.join(sorted(machines))}."]
@@ -159,8 +163,8 @@ def _origin(rows: Sequence[_Row]) -> str:
 def _summary(groups: Mapping[tuple[str, str], Group]) -> str:
     """Our scorer against the full model, the best other one by mean AUC, and random features."""
     header = [
-        *("data", "backbone", "kept", "AUC less full's", "best other scorer", "AUC less its"),
-        *("AUC less random's", "selection time", "total time"),
+        *("data", "backbone", "kept", "AUC minus full", "best other scorer"),
+        *("AUC minus best other", "AUC minus random", "selection time", "total time"),
     ]
     lines = (
         [data, backbone, *line]
@@ -262,7 +266,7 @@ def _jaccard(group: Group, scorer: str, fraction: float) -> float:
 def _against_full(group: Group, fraction: float) -> str:
     """A scorer a line, the best AUC first."""
     header = [
-        *("scorer", "seeds", "features", "AUC", "AUC difference", f"AUC less {OURS}'s"),
+        *("scorer", "seeds", "features", "AUC", "AUC difference", f"AUC minus {OURS}"),
         *("logloss difference", "NE difference", "AUC pruned", "table bytes"),
         *("selection time", "total time", "rows trained on", "rows forward", "parity"),
     ]
