@@ -24,13 +24,13 @@ def fmp(
 
     Args:
         overrides: options of the config, after `--`, such as `--data.rows 20000`
-        config: YAML file that says what to run
-        out: run directory, which all nodes must see; by default a new one each time
+        config: YAML file of the run
+        out: run directory, visible to all nodes; by default a new one for each launch
         j: nodes x processes per node, such as 2x8
         cpu: cores per node
         gpu: GPUs per node
         memMB: memory per node in MB
-        image: container image that holds this project, where the scheduler uses one
+        image: container image with this project, for schedulers that use one
     """
     app = dist.ddp(
         "run",
@@ -50,8 +50,8 @@ def fmp(
     )
     for role in app.roles:
         role.name = "fmp"
-        # `torchrun` of the environment that torchx itself is of, whether or not it is activated.
-        # Where there is no such directory, as in a container, the line has no effect.
+        # Finds `torchrun` in the environment that torchx is installed in, activated or not. If the
+        # directory does not exist, as in a container, this has no effect.
         shell, script = role.args
         role.args = [shell, f'PATH={shlex.quote(_bin_directory())}:"$$PATH" {script}']
     return app

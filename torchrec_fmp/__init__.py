@@ -5,9 +5,9 @@ A model goes through::
     attach_gates(model, GateConfig())          every feature gets a hard concrete gate
     DistributedModelParallel(model, sharders=sharders(...))
     loss + GateSchedule(...).loss_term(step)   pretrain on a small part of the data
-    decide(gate_scores(dmp), ClosedGates())    which features go: a Selection, plain JSON
+    decide(gate_scores(dmp), ClosedGates())    which features to drop: a Selection, plain JSON
     prune(dmp, optimizer, selection, ...)      the smaller model, weights and state carried over
-    ... and training goes on
+    ... and training continues
 """
 
 from __future__ import annotations

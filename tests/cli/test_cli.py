@@ -131,7 +131,7 @@ def test_evaluate_compares_seeds_and_each_matches_a_run_with_that_seed(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seeds", "1"], "--seeds is 1: at least 2 can be compared"),
+        (["--seeds", "1"], "--seeds is 1; it must be at least 2 for a comparison"),
         (["--seed", "3"], "give --seeds instead of --seed"),
         (["--train.batchsize", "8"], r"Did you mean 'train\.batch_size'\?"),
     ],

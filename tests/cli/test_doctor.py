@@ -122,9 +122,9 @@ def test_a_mismatched_pair_is_named(torch: str, torchrec: str) -> None:
     }
     text = doctor.report(_errors(doctor.check_versions(versions)))
     supported = torchrec in doctor.SUPPORTED and torch in doctor.SUPPORTED.values()
-    assert (f"torch: {torch}.0, but torchrec {torchrec}.0 belongs to torch" in text) == supported
-    assert (f"torch: {torch}.0, supported are" in text) == (torch in ("2.10", "2.15"))
-    assert (f"torchrec: {torchrec}.0, supported are" in text) == (torchrec in ("1.5", "1.10"))
+    assert (f"torch: {torch}.0, but torchrec {torchrec}.0 needs torch" in text) == supported
+    assert (f"torch: {torch}.0; supported: " in text) == (torch in ("2.10", "2.15"))
+    assert (f"torchrec: {torchrec}.0; supported: " in text) == (torchrec in ("1.5", "1.10"))
 
 
 def test_a_mismatched_fbgemm_version_is_reported_with_the_right_one() -> None:

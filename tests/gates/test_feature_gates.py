@@ -171,7 +171,7 @@ def test_reset_returns_every_gate_to_its_initial_value() -> None:
         ),
         ({"log_alpha_bounds": (-3.0, 2.0)}, "must reach from -2.398"),
         ({"log_alpha_bounds": (3.0, -3.0)}, "must reach from -2.398"),
-        ({"initial_log_alpha": 2.6}, "initial_log_alpha is 2.6, outside of .*-4.0.*2.5"),
+        ({"initial_log_alpha": 2.6}, "initial_log_alpha is 2.6; it must be within .*-4.0.*2.5"),
         ({"initial_log_alpha": float("nan")}, "initial_log_alpha is nan"),
     ],
 )

@@ -154,7 +154,7 @@ def test_noise_is_bounded_so_no_draw_opens_a_gate_far_below_its_threshold() -> N
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0, it must be positive and finite"),
+        ({"temperature": 0.0}, "temperature is 0.0; it must be positive and finite"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": math.nan}, "temperature is nan"),
         ({"gamma": 0.0}, "gamma is 0.0 and zeta is 1.1; they must satisfy gamma < 0 and zeta > 1"),

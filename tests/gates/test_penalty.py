@@ -44,7 +44,7 @@ def test_l0_penalty_is_the_weighted_sum_of_open_probabilities_over_all_modules(
 
 @pytest.mark.parametrize("weight", [-1e-3, math.nan, math.inf])
 def test_invalid_l0_weight_is_refused(weight: float) -> None:
-    with pytest.raises(ValueError, match=f"weight is {weight}, it must be finite and at least 0"):
+    with pytest.raises(ValueError, match=f"weight is {weight}; it must be finite and at least 0"):
         L0Penalty(weight)
 
 
@@ -281,11 +281,11 @@ def test_invalid_cost_is_refused(cost: float) -> None:
 
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, math.nan])
 def test_target_share_outside_of_0_to_1_is_refused(keep: float) -> None:
-    with pytest.raises(ValueError, match=rf"share of features to keep is {keep}, it must be in"):
+    with pytest.raises(ValueError, match=rf"share of features to keep is {keep}; it must be in"):
         TargetPenalty(keep)
 
 
 @pytest.mark.parametrize("learning_rate", [0.0, -1.0, math.nan])
 def test_a_learning_rate_that_is_not_positive_is_refused(learning_rate: float) -> None:
-    with pytest.raises(ValueError, match=f"learning rate is {learning_rate}, not positive"):
+    with pytest.raises(ValueError, match=f"learning rate is {learning_rate}; it must be positive"):
         TargetPenalty(0.5, learning_rate)

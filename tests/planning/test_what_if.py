@@ -114,7 +114,7 @@ def test_a_model_that_does_not_fit_is_refused(
     [
         (["--drop", "ad_0_0"], "no feature 'ad_0_0'. Did you mean 'ads_0_0'?"),
         ([], "nothing is dropped"),
-        (["--keep-fraction", "0"], "keep-fraction is 0.0, it must be in"),
+        (["--keep-fraction", "0"], "keep-fraction is 0.0; it must be in"),
         (["--drop", "ads_0_0", "--topology.world_sise", "4"], "Did you mean 'topology.world_size'"),
         (["--drop", "ads_0_0", "--topology.local_world_size", "3"], "must divide the world_size 2"),
         (["--drop", "ads_0_0", "--planner.sharding_types", "[row]"], "TorchRec has"),

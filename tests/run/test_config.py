@@ -125,7 +125,7 @@ def test_a_value_of_the_wrong_type_is_an_error_that_names_option_and_value(
         ({"train__workers": -1}, r"train\.workers is -1"),
         ({"pretrain__batch_size": -8}, r"pretrain\.batch_size is -8"),
         ({"pretrain__fraction": 0.0}, r"pretrain\.fraction is 0"),
-        ({"pretrain__fraction": 1.5}, r"pretrain\.fraction is 1.5, it must be at most 1"),
+        ({"pretrain__fraction": 1.5}, r"pretrain\.fraction is 1.5; it must be at most 1"),
         ({"scorer__init_args__learning_rate": float("nan")}, r"learning_rate is nan"),
         ({"scorer__init_args__open_fraction": 0.9}, r"open_fraction 0.9 and ramp_fraction 0.1"),
         ({"scorer__init_args__ramp_fraction": -0.1}, r"ramp_fraction -0.1 must not be negative"),

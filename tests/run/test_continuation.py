@@ -192,7 +192,7 @@ def test_warm_up_starts_small_and_reaches_both_configured_rates(
 @pytest.mark.parametrize(
     ("continuation", "message"),
     [
-        ({"warmup_steps": -1}, "continuation.warmup_steps is -1, it must be at least 0"),
+        ({"warmup_steps": -1}, "continuation.warmup_steps is -1; it must be at least 0"),
         ({"rewind_steps": 3}, "only start: rewound reads"),
     ],
 )

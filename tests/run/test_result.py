@@ -50,7 +50,7 @@ def test_features_are_compared_with_the_planted_truth() -> None:
 def test_metrics_sizes_and_speed_stand_side_by_side() -> None:
     report = format_report(result(), None, "runs/a")
     assert line(report, "pruned, before")[-3:] == ["0.7000", "0.5000", "0.9000"]
-    assert line(report, "full, trained")[-3:] == ["0.7500", "0.5000", "0.9000"]
+    assert line(report, "full model, trained")[-3:] == ["0.7500", "0.5000", "0.9000"]
     assert line(report, "parameters") == ["parameters", "5,000", "1,000", "0.20"]
     assert line(report, "table bytes")[2:] == ["1,000", "250", "0.25"]
     assert line(report, "step, ms")[2:] == ["2.00", "1.00", "0.50"]
@@ -66,7 +66,7 @@ def test_a_figure_missing_without_a_reference_is_a_dash() -> None:
         "seconds": {"full": None, "pretrain": 1.5, "prune": 0.1, "continue": 2.0},
     }
     report = format_report(result(**changes), None, "runs/a")
-    assert "full, trained" not in report
+    assert "full model, trained" not in report
     assert line(report, "step, ms")[2:] == ["-", "1.00", "-"]
     assert line(report, "seconds")[1:3] == ["full", "-,"]
 

@@ -210,7 +210,7 @@ def test_a_non_empty_directory_or_a_file_is_refused(tmp_path: Path, kind: str) -
         {"file": (out / "a").touch, "hidden file": (out / ".a").touch}.get(
             kind, (out / "a").mkdir
         )()
-    with pytest.raises(FileExistsError, match="out is there and not empty: .*--out"):
+    with pytest.raises(FileExistsError, match="out exists and is not empty: .*--out"):
         RunDirectory(str(out), writes=True).create()
 
 

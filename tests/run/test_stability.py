@@ -108,7 +108,7 @@ def test_decisions_use_the_base_rate_and_selections_are_compared_by_feature() ->
     assert [run["kept"] for run in found["runs"]] == [["a", "b", "c"], ["a", "b", "d"]]
     report = format_stability(found)
     assert "2 of 4 in all seeds" in report
-    assert "not      c, d" in report
+    assert "differ   c, d" in report
 
 
 def test_a_test_split_of_one_class_has_agreement_but_no_auc() -> None:

@@ -72,12 +72,12 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"gate": 1.5}, r"gate is 1.5, it must be in \[0, 1\]"),
+        ({"gate": 1.5}, r"gate is 1.5; it must be in \[0, 1\]"),
         ({"gate": float("nan")}, r"gate is nan"),
         ({"gate": 0.0}, "a kept feature needs a gate above 0"),
-        ({"kept": False}, "a dropped one the gate 0"),
+        ({"kept": False}, "a dropped feature needs gate 0"),
         ({"gate": "open"}, "not supported"),
-        ({"confidence": 1.5}, r"confidence is 1.5, it must be in \[0, 1\]"),
+        ({"confidence": 1.5}, r"confidence is 1.5; it must be in \[0, 1\]"),
         ({"kpet": True}, "kpet"),
     ],
 )

@@ -11,10 +11,10 @@ from torchrec_fmp.cli.terminal import set_up_logging
 
 _VERBS = {
     "run": "pretrain with gates, prune, continue",
-    "evaluate": "the same run over seeds: how much they change",
-    "prepare": "raw files to the Parquet that training reads",
-    "plan": "what a prune would do to plan, memory and step time",
-    "doctor": "check the installed versions, and say how to fix them",
+    "evaluate": "repeat a run with several seeds and compare the results",
+    "prepare": "convert raw files to the Parquet that training reads",
+    "plan": "estimate what a prune would do to plan, memory and step time",
+    "doctor": "check the installed versions and say how to fix them",
 }
 
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for verb, summary in _VERBS.items():
         verbs.add_parser(verb, help=summary, add_help=False)
     verb = parser.parse_args(arguments[:1]).verb
-    # Before libraries are imported that warn of themselves.
+    # Before any import of a library that emits warnings when imported.
     set_up_logging()
     # Imported when it runs, so that `doctor` works where torch does not.
     status: int = import_module(f"torchrec_fmp.cli.{verb}").main(arguments[1:])

@@ -1,4 +1,4 @@
-"""Says whether the installed torch, torchrec and fbgemm fit together, and how to repair them."""
+"""Checks that the installed torch, torchrec and fbgemm fit together, and says how to fix them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Level = Literal["ok", "warning", "error"]
 
 _TORCHREC_BY_TORCH = {torch: torchrec for torchrec, torch in SUPPORTED.items()}
 
-# Run by another interpreter: a shared library that does not fit can end the process.
+# Runs in another interpreter: a shared library that does not fit can crash the process.
 _PROBE = """
 import json, sys
 import torch, fbgemm_gpu, torchrec
@@ -45,13 +45,13 @@ _RUNTIME = "import and run"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        name: what was looked at.
-        level: "error" if training cannot work, "warning" if it may not.
-        found: what there is.
-        fix: the command or step that repairs it; empty when all is well.
+        name: subject of the check.
+        level: severity, "error" if training cannot work, "warning" if it may not.
+        found: state that the check found.
+        fix: command or step that fixes the problem; empty if there is none.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Finding:
 
 
 def main(arguments: Sequence[str] = ()) -> int:
-    """Prints the report; 1 if there is an error, else 0."""
+    """Prints the report; returns 1 if there is an error, else 0."""
     argparse.ArgumentParser(prog="torchrec-fmp doctor").parse_args(arguments)
     findings = diagnose()
     sys.stdout.write(report(findings))
@@ -79,7 +79,7 @@ def report(findings: Sequence[Finding]) -> str:
 
 
 def diagnose() -> list[Finding]:
-    """Looks at the interpreter, the installed versions, and whether they import and run."""
+    """Checks the interpreter, the installed versions, and whether they import and run."""
     versions = installed_versions()
     return [
         check_python(sys.version_info[:2]),
@@ -89,20 +89,20 @@ def diagnose() -> list[Finding]:
 
 
 def check_python(version: tuple[int, ...]) -> Finding:
-    """Whether this Python (major, minor) is one that we support."""
+    """Checks whether this Python (major, minor) is supported."""
     found = ".".join(map(str, version))
     if (3, 10) <= version < (3, 13):
         return Finding("python", "ok", found)
     return Finding(
         "python",
         "error",
-        f"{found}, supported are 3.10 to 3.12",
-        "make a virtual environment with python3.11 and install there",
+        f"{found}; supported: 3.10 to 3.12",
+        "create a virtual environment with python3.11 and install into it",
     )
 
 
 def check_versions(versions: Mapping[str, str | None]) -> list[Finding]:
-    """Whether torch, torchrec, fbgemm, torchmetrics and torchx fit together.
+    """Checks whether torch, torchrec, fbgemm, torchmetrics and torchx fit together.
 
     Args:
         versions: distribution name -> version, None or absent if not installed.
@@ -118,7 +118,7 @@ def check_versions(versions: Mapping[str, str | None]) -> list[Finding]:
 
 
 def check_runtime(versions: Mapping[str, str | None]) -> list[Finding]:
-    """Whether the three import and run, tried in another process so that a crash is a finding."""
+    """Imports and runs torch, fbgemm and torchrec in another process: a crash is a finding."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE],
@@ -161,7 +161,7 @@ def _check_torchrec(versions: Mapping[str, str | None]) -> Finding:
         return Finding("torchrec", "error", "not installed", _install(versions))
     if _minor(version) not in SUPPORTED:
         supported = ", ".join(SUPPORTED)
-        found = f"{version}, supported are {supported}"
+        found = f"{version}; supported: {supported}"
         return Finding("torchrec", "error", found, _install(versions))
     return Finding("torchrec", "ok", version)
 
@@ -172,13 +172,11 @@ def _check_torch(versions: Mapping[str, str | None]) -> Finding:
         return Finding("torch", "error", "not installed", _install(versions))
     if _minor(version) not in _TORCHREC_BY_TORCH:
         supported = ", ".join(_TORCHREC_BY_TORCH)
-        return Finding(
-            "torch", "error", f"{version}, supported are {supported}", _install(versions)
-        )
+        return Finding("torch", "error", f"{version}; supported: {supported}", _install(versions))
     torchrec = versions.get("torchrec")
     wanted = SUPPORTED.get(_minor(torchrec) or "")
     if wanted not in (None, _minor(version)):
-        found = f"{version}, but torchrec {torchrec} belongs to torch {wanted}"
+        found = f"{version}, but torchrec {torchrec} needs torch {wanted}"
         return Finding("torch", "error", found, _install(versions))
     return Finding("torch", "ok", version)
 
@@ -201,7 +199,7 @@ def _check_fbgemm(versions: Mapping[str, str | None]) -> Finding:
         return Finding(
             "fbgemm",
             "error",
-            f"{listed}, but torchrec {torchrec} belongs to fbgemm {_minor(torchrec)}",
+            f"{listed}, but torchrec {torchrec} needs fbgemm {_minor(torchrec)}",
             _install(versions),
         )
     return Finding("fbgemm", "ok", listed)
@@ -210,20 +208,20 @@ def _check_fbgemm(versions: Mapping[str, str | None]) -> Finding:
 def _check_torchmetrics(version: str | None) -> Finding:
     fix = f"pip install torchmetrics=={TORCHMETRICS}"
     if version is None:
-        return Finding("torchmetrics", "error", "not installed, torchrec imports it", fix)
+        return Finding("torchmetrics", "error", "not installed, but torchrec imports it", fix)
     if version != TORCHMETRICS:
-        return Finding("torchmetrics", "warning", f"{version}, torchrec pins {TORCHMETRICS}", fix)
+        return Finding("torchmetrics", "warning", f"{version}; torchrec pins {TORCHMETRICS}", fix)
     return Finding("torchmetrics", "ok", version)
 
 
 def _check_torchx(version: str | None) -> Finding:
     if version is None:
-        return Finding("torchx", "ok", "not installed, only launching with torchx needs it")
+        return Finding("torchx", "ok", "not installed; only launching with torchx needs it")
     if version != TORCHX:
         return Finding(
             "torchx",
             "warning",
-            f"{version}, the launch component is tested with {TORCHX}",
+            f"{version}; the launch component is tested with {TORCHX}",
             f"pip install torchx=={TORCHX}",
         )
     return Finding("torchx", "ok", version)
@@ -237,15 +235,15 @@ def _check_abilities(
     if gpus and without_cuda:
         wanted = {**versions, "fbgemm-gpu": without_cuda, "fbgemm-gpu-cpu": None}
         fix = f"pip uninstall -y fbgemm-gpu-cpu && {_install(wanted)}"
-        found = f"{gpus} GPUs, but this fbgemm is the build without CUDA"
+        found = f"{gpus} GPUs, but this fbgemm is a build without CUDA"
         findings.append(Finding("cuda", "warning", found, fix))
     else:
-        found = f"{gpus} GPUs" if gpus else "not available, training runs on the CPU"
+        found = f"{gpus} GPUs" if gpus else "not available; training runs on the CPU"
         findings.append(Finding("cuda", "ok", found))
     if abilities["gloo"]:
         findings.append(Finding("gloo", "ok", "available"))
     else:
-        fix = "install a torch that is built with it, as those of the package index are"
+        fix = "install a torch that is built with gloo, such as a build from the package index"
         findings.append(Finding("gloo", "error", "missing from this torch", fix))
     return findings
 
@@ -261,14 +259,14 @@ def _repair(reason: str, versions: Mapping[str, str | None]) -> str:
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     if done.returncode < 0:
-        return f"the process was ended by {signal.Signals(-done.returncode).name}"
+        return f"the process was killed by {signal.Signals(-done.returncode).name}"
     return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
 
 
 def _install(versions: Mapping[str, str | None], reinstall: bool = False) -> str:
-    """The command that leads to a supported set, near what is there.
+    """The command that installs a supported set, close to the installed versions.
 
-    torch is kept if any torchrec fits it, being the largest of the three.
+    torch, the largest of the three packages, is kept if any torchrec fits it.
     """
     torch, torchrec = _minor(versions.get("torch")), _minor(versions.get("torchrec"))
     if torch in _TORCHREC_BY_TORCH:
@@ -279,7 +277,7 @@ def _install(versions: Mapping[str, str | None], reinstall: bool = False) -> str
     pip = "pip install --force-reinstall" if reinstall else "pip install"
     if versions.get("fbgemm-gpu") and not versions.get("fbgemm-gpu-cpu"):
         return f"{pip} torch~={torch}.0 torchrec~={torchrec}.0 fbgemm-gpu~={torchrec}.0"
-    # torchrec alone goes without its dependencies, as it would bring the CUDA build of fbgemm.
+    # Only torchrec is installed without dependencies: they include the CUDA build of fbgemm.
     return (
         f"{pip} torch~={torch}.0 fbgemm-gpu-cpu~={torchrec}.0 tensordict pyre-extensions "
         f"torchmetrics=={TORCHMETRICS} && {pip} --no-deps torchrec~={torchrec}.0"

@@ -1,4 +1,4 @@
-"""`torchrec-fmp evaluate`: the same run over seeds, and how much they change."""
+"""`torchrec-fmp evaluate`: the same run with several seeds, and how much the results differ."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from torchrec_fmp.strict import ConfigError
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the verb; returns the exit status."""
-    # Not abbreviated, because `--seed` is an option of a run.
+    # No abbreviations, because `--seed` is an option of a run.
     parser = argparse.ArgumentParser(prog="torchrec-fmp evaluate", allow_abbrev=False)
     parser.add_argument("config", help="YAML file; options override it, as for run")
-    parser.add_argument("--seeds", type=int, default=5, help="number of them, from 0 on")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, which start at 0")
     parser.add_argument("--out", help="directory for stability.json, new or empty")
     known, overrides = parser.parse_known_args(arguments)
 
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         if known.seeds < 2:
-            raise ConfigError(f"--seeds is {known.seeds}: at least 2 can be compared")
+            raise ConfigError(f"--seeds is {known.seeds}; it must be at least 2 for a comparison")
         if any(option.split("=")[0] == "--seed" for option in overrides):
-            raise ConfigError("evaluate runs the seeds from 0 on: give --seeds instead of --seed")
+            raise ConfigError("evaluate runs seeds from 0 upwards: give --seeds instead of --seed")
         _, text = composed(0)
     except (OSError, ValueError) as error:
         return fail(error, status=2)

@@ -17,9 +17,11 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="torchrec-fmp plan")
     parser.add_argument("config", help="YAML file of a what-if or a run; options override it")
     parser.add_argument("--drop", nargs="+", action="extend", default=[], metavar="FEATURE")
-    parser.add_argument("--selection", help="selection.json; what it drops is dropped")
-    parser.add_argument("--keep-fraction", type=float, help="of the features of each what-if group")
-    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--selection", help="selection.json with the features to drop")
+    parser.add_argument(
+        "--keep-fraction", type=float, help="fraction of each what-if group's features to keep"
+    )
+    parser.add_argument("--json", help="JSON file for the figures")
     known, overrides = parser.parse_known_args(arguments)
     quiet_libraries()
     request = Request(known.config, known.drop, known.selection, known.keep_fraction, overrides)

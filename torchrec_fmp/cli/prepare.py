@@ -1,4 +1,4 @@
-"""`torchrec-fmp prepare`: raw files to the Parquet that training reads."""
+"""`torchrec-fmp prepare`: converts raw files to the Parquet that training reads."""
 
 from __future__ import annotations
 

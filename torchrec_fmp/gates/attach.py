@@ -1,4 +1,4 @@
-"""Puts gates into a model before it is sharded, and finds them again afterwards."""
+"""Attaches gates to a model before sharding, and finds them afterwards."""
 
 from __future__ import annotations
 
@@ -51,29 +51,29 @@ def attach_gates(
     config: GateConfig | None = None,
     dense: Mapping[str, Sequence[str]] | None = None,
 ) -> nn.Module:
-    """Gives every feature of the model a gate, in place.
+    """Attaches a gate to every feature of the model, in place.
 
     A feature that several collections read has one gate for all of them.
 
     Args:
-        model: not yet sharded; every `EmbeddingBagCollection` and `EmbeddingCollection` in it is
-            wrapped, wherever it is read.
-        config: of the gates; the default is `GateConfig()`.
+        model: model before sharding; every `EmbeddingBagCollection` and `EmbeddingCollection` in it
+            is wrapped, wherever it is used.
+        config: configuration of the gates; the default is `GateConfig()`.
         dense: fqn of a module whose only argument is a dense input (B, F) -> the F column names.
 
     Returns:
         `model`, for chaining.
 
     Raises:
-        ValueError: if there is nothing to gate, a feature would get two gates, or the model has
-            gates already.
-        TypeError: if the model has a collection that cannot be pruned, or that `torch.compile`
+        ValueError: if there is nothing to gate, a feature would get two gates, or the model
+            already has gates.
+        TypeError: if the model has a collection that cannot be pruned, or one that `torch.compile`
             wraps.
-        AttributeError: if there is no module of a name in `dense`.
+        AttributeError: if `dense` names a module that the model does not have.
     """
     config = config or GateConfig()
     if any(True for _ in feature_gates(model)):
-        raise ValueError("the model has gates already")
+        raise ValueError("the model already has gates: call attach_gates only once")
     collections = _collections(model)
     features = {
         fqn: feature_names(table_configs(collection)) for fqn, collection in collections.items()
@@ -89,7 +89,7 @@ def attach_gates(
         for fqn in group:
             collection = collections[fqn]
             gated[id(collection)] = _GATED[type(collection)](collection, gates)
-    # Once more, now with the places where a module is used again.
+    # With duplicates: a module that is used in several places is replaced in each.
     for fqn, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in gated:
             _replace(model, fqn, gated[id(module)])
@@ -99,9 +99,9 @@ def attach_gates(
 
 
 def feature_gates(model: nn.Module) -> Iterator[tuple[str, FeatureGates]]:
-    """(fqn, gates) of every gated module, sharded or not, in the model's order.
+    """Yields (fqn, gates) of every gated module, sharded or not, in the model's order.
 
-    Gates that several collections share come once, under the first one's fqn.
+    Gates that several collections share are yielded once, under the first collection's fqn.
     """
     for fqn, module in get_unwrapped_module(model).named_modules():
         if isinstance(module, FeatureGates):
@@ -118,7 +118,7 @@ def embedding_features(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
-    """Adam for every gate of the model, which keeps `log_alpha` in its bounds after each step.
+    """Adam for all gates of the model; clamps `log_alpha` to its bounds after each step.
 
     Raises:
         ValueError: if the model has no gates.
@@ -138,24 +138,24 @@ def gate_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Adam:
 
 
 def _collections(model: nn.Module) -> dict[str, nn.Module]:
-    """The collections to gate by fqn, each once."""
+    """Fqn -> collection to gate; each collection appears once."""
     for fqn, module in model.named_modules():
         if isinstance(module, _OTHER_COLLECTIONS) and type(module) not in _GATED:
             raise TypeError(
                 f"{fqn or 'the model'} is a {type(module).__name__}; only EmbeddingBagCollection "
                 "and EmbeddingCollection can be gated and pruned"
             )
-        # Its forward is bound to the collection, whatever takes the collection's place.
+        # Its forward stays bound to the collection, whatever replaces the collection.
         if type(module) not in _GATED and type(module_compiled_by(module)) in _GATED:
             raise TypeError(
-                f"{fqn or 'the model'} is a collection that torch.compile wraps, which neither "
-                "gates nor TorchRec's sharding can replace: compile the layers that read it instead"
+                f"{fqn or 'the model'} is a collection that torch.compile wraps. Neither gates nor "
+                "TorchRec's sharding can replace it: compile the layers that read it instead"
             )
     return {fqn: module for fqn, module in model.named_modules() if type(module) in _GATED}
 
 
 def _groups(features: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    """Fqns of the collections, those together that share a feature, also through a third one."""
+    """Groups the fqns of collections that share a feature, directly or through others."""
     groups: list[list[str]] = []
     for fqn, names in features.items():
         joined = [g for g in groups if any(set(names) & set(features[other]) for other in g)]
@@ -173,14 +173,16 @@ def _check_names(
             "was named: there is nothing to gate. Attach gates before the model is sharded"
         )
     if "" in features or "" in columns:
-        raise ValueError("the model is itself what would be gated; wrap it in a module first")
+        raise ValueError("the model itself is the module to gate; wrap it in a module first")
     count = Counter(name for names in columns.values() for name in names)
     count.update({name for names in features.values() for name in names})
     repeated = sorted(name for name, times in count.items() if times > 1)
     if repeated:
         readers = {**features, **columns}
         places = {name: [f for f, names in readers.items() if name in names] for name in repeated}
-        raise ValueError(f"features with more than one gate: {places}; give each its own name")
+        raise ValueError(
+            f"these features would get more than one gate: {places}. Give each its own name"
+        )
 
 
 def _replace(model: nn.Module, fqn: str, module: nn.Module) -> None:

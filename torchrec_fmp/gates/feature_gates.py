@@ -17,24 +17,26 @@ from torchrec_fmp.gates.hard_concrete import HardConcrete
 
 @dataclass(frozen=True)
 class GateConfig:
-    """How gates start and how their noise is drawn.
+    """Initial values, bounds and noise of gates.
 
     Args:
-        initial_log_alpha: where every gate starts; the default is as often open as closed.
-        log_alpha_bounds: `log_alpha` stays between the two. A gate beyond the upper one hardly
-            feels the penalty any more, and one below the lower could not come back.
-        sampling: `example` draws one gate value for each example and feature, `batch` one for each
-            feature. Both find the planted truth about equally often; per batch is cheaper
-            (docs/method.md, docs/benchmarks.md).
-        centered: judge a feature by how its embedding varies over the batch. A feature without
-            signal is soon used as a constant that other features' dot products are read with;
-            its embedding's mean then makes the exact gradient keep the gate open. Centering leaves
-            the mean out of the gate's gradient, and of nothing else (docs/method.md).
-        seed: of the noise, which is a function of (seed, step, rank, module) alone.
-        distribution: the hard concrete's shape.
+        initial_log_alpha: initial `log_alpha` of every gate; the default gate is open as often as
+            closed.
+        log_alpha_bounds: lower and upper bound of `log_alpha`. Above the upper bound, a gate would
+            hardly feel the penalty; below the lower bound, it could not reopen.
+        sampling: granularity of the noise. `example` draws one gate value per example and feature,
+            `batch` one per feature. Both find the planted truth about equally often; `batch` is
+            cheaper (docs/method.md, docs/benchmarks.md).
+        centered: whether to judge a feature by how its embedding varies over the batch. A feature
+            without signal is soon used as a constant in other features' dot products; the mean of
+            its embedding then makes the exact gradient keep the gate open. Centering removes the
+            mean from the gate's gradient, and from nothing else (docs/method.md).
+        seed: seed of the noise, which depends only on (seed, step, rank, module).
+        distribution: shape of the hard concrete distribution.
 
     Raises:
-        ValueError: if a closed or an open gate lies outside the bounds, or the start does.
+        ValueError: if the bounds exclude a fully closed gate, a fully open gate, or
+            `initial_log_alpha`.
     """
 
     initial_log_alpha: float = 0.0
@@ -54,24 +56,25 @@ class GateConfig:
             )
         if not low <= self.initial_log_alpha <= high:
             raise ValueError(
-                f"initial_log_alpha is {self.initial_log_alpha}, outside of {low} to {high}"
+                f"initial_log_alpha is {self.initial_log_alpha}; it must be within "
+                f"log_alpha_bounds, {low} to {high}"
             )
 
 
 class FeatureGates(nn.Module):
-    """Gates of a list of features.
+    """Gates for a list of features.
 
-    A gate is in one of three states, the same for all gates of the module:
+    All gates of the module are in one of three states:
 
     - *open* (`set_open(True)`): every gate is exactly 1 and `log_alpha` gets a zero gradient;
-    - *fixed* (`fix(values)`): a selection has been decided, gates have its values;
-    - otherwise sampled in training and deterministic in evaluation.
+    - *fixed* (`fix(values)`): a selection has been decided, and the gates have its values;
+    - otherwise, sampled in training and deterministic in evaluation.
 
     Args:
-        features: names, one gate each.
-        config: start and noise.
-        name: distinguishes the noise of several modules; the module's fqn serves.
-        device: of `log_alpha`, CPU by default.
+        features: feature names; each gets one gate.
+        config: initial values, bounds and noise.
+        name: name that distinguishes the noise of several modules, such as the module's fqn.
+        device: device of `log_alpha`, CPU by default.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class FeatureGates(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
-        # Even within `with torch.device("meta")`: sharding copies the gates to their device.
+        # CPU even under `with torch.device("meta")`: sharding copies the gates to their device.
         device = device or torch.device("cpu")
         self.features = tuple(features)
         self.config = config
@@ -96,20 +99,20 @@ class FeatureGates(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Puts every gate where the config starts it."""
+        """Resets every gate to the config's initial value."""
         nn.init.constant_(self.log_alpha, self.config.initial_log_alpha)
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Brings `log_alpha` back into its bounds; `gate_optimizer` does it after every step."""
+        """Clamps `log_alpha` to its bounds; `gate_optimizer` does this after every step."""
         self.log_alpha.clamp_(*self.config.log_alpha_bounds)
 
     def set_open(self, is_open: bool) -> None:
-        """Opens all gates exactly, or gives them back to the distribution."""
+        """Sets all gates to exactly 1, or returns them to the distribution."""
         self.is_open = is_open
 
     def fix(self, values: Mapping[str, float] | None) -> None:
-        """Fixes the gates at a selection's values; None frees them.
+        """Fixes the gates at a selection's values; None releases them.
 
         Raises:
             KeyError: if a feature of the module has no value.
@@ -124,17 +127,17 @@ class FeatureGates(nn.Module):
             )
         )
 
-    # Noise needs the host: a compiled module that holds gates runs them between two graphs.
+    # Noise needs the host, so a compiled module that holds gates runs them between two graphs.
     @torch.compiler.disable
     def forward(self, step: int, batch_size: int) -> Tensor:
-        """Gate values.
+        """Computes the gate values.
 
         Args:
-            step: number of the training step, the noise's key; see `StepCounter`.
+            step: number of the training step, which keys the noise; see `StepCounter`.
             batch_size: number of examples on this rank.
 
         Returns:
-            (F,) fp32, or (B, F) fp32 where the sampling is per example.
+            (F,) fp32, or (B, F) fp32 if the sampling is per example.
         """
         # Zero times log_alpha keeps the parameter in the graph, which DistributedDataParallel's
         # static graph needs in every step or in none.
@@ -164,9 +167,10 @@ class FeatureGates(nn.Module):
         return self.config.distribution.open_probability(self.log_alpha)
 
     def _generator(self, step: int) -> torch.Generator:
-        """A generator that depends on (seed, step, rank, module) and on nothing before it.
+        """A generator that depends only on (seed, step, rank, module), not on earlier draws.
 
-        Ranks draw different noise: it averages out sooner, and log_alpha's gradient is all-reduced.
+        Ranks draw different noise. The noise averages out sooner, because log_alpha's gradient is
+        all-reduced.
         """
         rank = dist.get_rank() if dist.is_initialized() else 0
         key = struct.pack("<qqq", self.config.seed, step, rank) + self.name.encode()

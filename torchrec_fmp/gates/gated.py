@@ -1,4 +1,4 @@
-"""Modules that gate features: those of embedding collections, and columns of dense inputs."""
+"""Modules that gate the features of embedding collections and the columns of dense inputs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torchrec_fmp.gates.step_counter import StepCounter
 
 
 class GatedCollection(CollectionWrapper):
-    """A collection whose features each have a gate behind the lookup.
+    """A collection with a gate for each feature, applied after the lookup.
 
     Collections that read the same features share one `FeatureGates`, with gates for the features of
-    all of them. Each counts its own steps: as all run once in a training step, a feature's noise is
-    the same in all of them, in whatever order a pipeline runs ahead.
+    all of them. Each collection counts its own steps. Every collection runs once per training
+    step, so a feature's noise is the same in all of them, in whatever order a pipeline runs ahead.
 
     Args:
-        collection: the user's.
-        gates: one gate for each of its features, at least.
+        collection: the user's collection.
+        gates: gates for at least the features of the collection.
     """
 
     # (embeddings, features, gates, centered) -> embeddings
@@ -41,7 +41,7 @@ class GatedCollection(CollectionWrapper):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """Those that the collection reads."""
+        """Features that the collection reads."""
         return feature_names(table_configs(self.collection))
 
     def forward(self, features: KeyedJaggedTensor) -> Any:
@@ -78,7 +78,7 @@ class GatedEmbeddingBagCollection(GatedCollection):
 
 
 class GatedEmbeddingCollection(GatedCollection):
-    """An `EmbeddingCollection` with gates; an example's gate is that of all its positions.
+    """An `EmbeddingCollection` with gates; all positions of an example share its gate.
 
     ::
 
@@ -119,7 +119,7 @@ class GatedDense(Wrapper):
         """The module's output for the gated input.
 
         Raises:
-            ValueError: if the input has another number of columns than there are gates.
+            ValueError: if the number of input columns differs from the number of gates.
         """
         if dense_BF.shape[-1] != len(self.gates.features):
             raise ValueError(

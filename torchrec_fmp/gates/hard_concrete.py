@@ -21,10 +21,10 @@ _UNIFORM_MARGIN = 1e-6
 
 @dataclass(frozen=True)
 class HardConcrete:
-    """Shape of the distribution, the paper's values.
+    """Shape of the distribution; the defaults are the paper's.
 
     Args:
-        temperature: beta of the paper; towards 0 the gate becomes a Bernoulli variable.
+        temperature: beta in the paper; towards 0, the gate becomes a Bernoulli variable.
         gamma: lower end of the stretched interval, below 0.
         zeta: upper end of the stretched interval, above 1.
 
@@ -38,7 +38,7 @@ class HardConcrete:
 
     def __post_init__(self) -> None:
         if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature is {self.temperature}, it must be positive and finite")
+            raise ValueError(f"temperature is {self.temperature}; it must be positive and finite")
         if not (-math.inf < self.gamma < 0 and 1 < self.zeta < math.inf):
             raise ValueError(
                 f"gamma is {self.gamma} and zeta is {self.zeta}; "
@@ -59,8 +59,8 @@ class HardConcrete:
         """Gate values for given noise (eq. 10 and 11 of the paper).
 
         Args:
-            log_alpha: (F,) fp32.
-            uniform: (..., F) fp32 in [0, 1].
+            log_alpha: parameters of the gates, (F,) fp32.
+            uniform: noise, (..., F) fp32 in [0, 1].
 
         Returns:
             (..., F) fp32 in [0, 1]; exactly 0 or 1 with positive probability.

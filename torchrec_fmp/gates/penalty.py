@@ -1,4 +1,4 @@
-"""What drives gates to close: a price for every open gate, or a target for how many stay open."""
+"""Penalties that close gates: a price for every open gate, or a target for how many stay open."""
 
 from __future__ import annotations
 
@@ -14,49 +14,50 @@ from torchrec_fmp.selection.costs import BudgetUnit
 
 
 class PenaltyTerm(abc.ABC):
-    """A penalty at work: a term of the loss, and what it has learned so far."""
+    """A penalty in training: a term of the loss, and the state that it has learned so far."""
 
     @abc.abstractmethod
     def __call__(self, gates: Sequence[FeatureGates], strength: float) -> Tensor:
-        """The term for the coming step, a scalar in the loss's unit.
+        """The term for the next step, a scalar in the loss's unit.
 
         Args:
             gates: all gates of the model.
-            strength: from 0 to 1 while the penalty is ramped up, then 1.
+            strength: fraction of the full penalty: from 0 to 1 during the ramp, then 1.
         """
 
     def state_dict(self) -> dict[str, float]:
-        """What the term has learned: plain numbers, equal on every rank."""
+        """The state that the term has learned: plain numbers, equal on every rank."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Takes what `state_dict` gave.
+        """Restores the output of `state_dict`.
 
         Raises:
-            ValueError: if it is another penalty's.
+            ValueError: if the state is from another penalty.
         """
         if state:
             raise ValueError(f"{type(self).__name__} keeps no state, but got {sorted(state)}")
 
 
 class Penalty(abc.ABC):
-    """What drives gates to close: configuration, which training does not change."""
+    """Configuration of the force that closes gates; training does not change it."""
 
     @abc.abstractmethod
     def start(self) -> PenaltyTerm:
-        """The penalty at work, as before its first step."""
+        """The penalty's term of the loss, in its state before the first step."""
 
     def priced(
         self,
         costs: Callable[[BudgetUnit], Mapping[str, float]],
         share: Callable[[float], float] = float,
     ) -> Penalty:
-        """The penalty of one prune, with the model's costs.
+        """The penalty for one prune, with the model's costs.
 
         Args:
-            costs: unit -> feature -> cost, of all features that the model began with, those that
-                earlier prunes have dropped among them; in `features`, each costs 1.
-            share: what the last prune leaves, as a share of all -> what this prune leaves.
+            costs: function from a unit to feature -> cost, for all features of the full model,
+                including features that earlier prunes dropped; in `features`, each costs 1.
+            share: function from the share of all features that the last prune keeps to the share
+                that this prune keeps.
         """
         return self
 
@@ -64,7 +65,7 @@ class Penalty(abc.ABC):
 class L0Penalty(Penalty, PenaltyTerm):
     """The expected L0 norm: `weight` times the sum over features of P(z > 0).
 
-    It learns nothing, so it is its own term.
+    It learns nothing, so it is its own `PenaltyTerm`.
 
     Args:
         weight: price of one feature in the loss's unit, nats of logloss: roughly, a feature stays
@@ -76,7 +77,7 @@ class L0Penalty(Penalty, PenaltyTerm):
 
     def __init__(self, weight: float = 3e-4) -> None:
         if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"the penalty's weight is {weight}, it must be finite and at least 0")
+            raise ValueError(f"the penalty's weight is {weight}; it must be finite and at least 0")
         self.weight = weight
 
     def start(self) -> PenaltyTerm:
@@ -87,28 +88,29 @@ class L0Penalty(Penalty, PenaltyTerm):
 
 
 class TargetPenalty(Penalty):
-    """Drives the expected share s of what open gates cost to a target t: an augmented Lagrangian.
+    """Drives the open gates' expected share s of the cost to a target t: an augmented Lagrangian.
 
         lambda_1 (s - t) + lambda_2 (s - t)^2
 
-    The multipliers ascend and t falls from 1 with the strength, as in FLOP (arXiv:1910.04732,
-    section 3) and LLM-Shearing. Gates are counted between their bounds, so that s = t when exactly
-    the target's share of the gates is at the upper bound and the rest at the lower.
+    The multipliers ascend, and t falls from 1 as the strength rises, as in FLOP (arXiv:1910.04732,
+    section 3) and LLM-Shearing. Gates are measured between their bounds, so that s = t when exactly
+    the target share of the gates is at the upper bound and the rest at the lower bound.
 
-    With several prunes, `priced` makes one penalty of each, whose target is what the schedule
-    leaves of all features. Those that are gone count as closed, so that t
-    falls from the share of those that are left.
+    With several prunes, `priced` makes one penalty per prune, whose target is the share of all
+    features that the schedule keeps. Dropped features count as closed, so that t falls from the
+    share of the remaining features.
 
-    What a feature costs is a choice. If all cost the same, narrow useful features are given up for
-    wide ones; in bytes or milliseconds, wide ones for many narrow ones, and nothing closes what is
-    free, such as dense columns.
+    The unit of the costs is a choice. If all features cost the same, useful narrow features are
+    given up for wide ones. In bytes or milliseconds, wide features are given up for many narrow
+    ones, and nothing closes free features, such as dense columns.
 
     Args:
         keep: share of the cost of all features to keep, in (0, 1].
-        learning_rate: of the multipliers' gradient ascent, a step.
-        unit: of the costs: 1 for each feature, or those of `costs`.
-        costs: feature -> what keeping it costs, of any unit; features without one are free. By
-            default a run prices its model in `unit`, before its first prune.
+        learning_rate: learning rate of the multipliers' gradient ascent, per step.
+        unit: unit of the costs: `features`, where each feature costs 1, or a unit of
+            `torchrec_fmp.costs`.
+        costs: feature -> cost of keeping it, in any unit; features without a cost are free. By
+            default, a run prices its model in `unit`, before its first prune.
 
     Raises:
         ValueError: if `keep` is not in (0, 1], the learning rate is not positive, or a cost is
@@ -123,17 +125,21 @@ class TargetPenalty(Penalty):
         costs: Mapping[str, float] | None = None,
     ) -> None:
         if not 0 < keep <= 1:
-            raise ValueError(f"the share of features to keep is {keep}, it must be in (0, 1]")
+            raise ValueError(f"the share of features to keep is {keep}; it must be in (0, 1]")
         if not learning_rate > 0:
-            raise ValueError(f"the multipliers' learning rate is {learning_rate}, not positive")
+            raise ValueError(
+                f"the multipliers' learning rate is {learning_rate}; it must be positive"
+            )
         for feature, cost in (costs or {}).items():
             if not (cost >= 0 and math.isfinite(cost)):
-                raise ValueError(f"the cost of feature {feature!r} is {cost}, not finite and >= 0")
+                raise ValueError(
+                    f"the cost of feature {feature!r} is {cost}; it must be finite and at least 0"
+                )
         self.keep = keep
         self.learning_rate = learning_rate
         self.unit = unit
         self.costs = costs
-        # May cost something and have no gate, because an earlier prune has dropped them.
+        # These may have a cost but no gate, because an earlier prune dropped them.
         self._all: frozenset[str] = frozenset()
 
     def priced(
@@ -150,30 +156,33 @@ class TargetPenalty(Penalty):
         return TargetTerm(self)
 
     def shares(self, gates: Sequence[FeatureGates]) -> list[float]:
-        """Each feature's share of the cost of all.
+        """Each feature's share of the total cost.
 
         Raises:
-            ValueError: if the costs are missing, of features without gates, or all 0.
+            ValueError: if the costs are missing, include a feature without a gate, or are all 0.
         """
         features = [feature for module in gates for feature in module.features]
         if self.costs is None and self.unit == "features":
             return [1 / len(features)] * len(features)
         if self.costs is None:
             raise ValueError(
-                f"TargetPenalty needs costs in {self.unit}: "
+                f"TargetPenalty needs costs in {self.unit}: use "
                 f"TargetPenalty(..., costs=costs(model, topology, {self.unit!r}))"
             )
         unknown = sorted(self.costs.keys() - set(features) - self._all)
         if unknown:
-            raise ValueError(f"there are costs of features that have no gates: {unknown}")
+            raise ValueError(f"the costs include features that have no gates: {unknown}")
         total = math.fsum(self.costs.values())
         if total == 0:
-            raise ValueError("no feature costs anything, so none can be given up for a budget")
+            raise ValueError(
+                "no feature costs anything, so dropping features cannot meet a budget: give at "
+                "least one feature a positive cost"
+            )
         return [self.costs.get(feature, 0.0) / total for feature in features]
 
 
 class TargetTerm(PenaltyTerm):
-    """A `TargetPenalty` at work: its multipliers ascend with every step."""
+    """The term of a `TargetPenalty`; its multipliers ascend with every step."""
 
     def __init__(self, penalty: TargetPenalty) -> None:
         self._penalty = penalty
@@ -198,14 +207,16 @@ class TargetTerm(PenaltyTerm):
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         if state.keys() != self.state_dict().keys():
-            raise ValueError(f"the multipliers are linear and quadratic, but got {sorted(state)}")
+            raise ValueError(
+                f"the multipliers must be linear and quadratic, but got {sorted(state)}"
+            )
         self.multipliers = (state["linear"], state["quadratic"])
 
 
 def _open_share(gates: Sequence[FeatureGates], shares: Sequence[float]) -> Tensor:
-    """The sum of P(z > 0) by share of the cost, shifted and scaled.
+    """The sum of P(z > 0), weighted by share of the cost, shifted and scaled.
 
-    0 with all gates at their lower bounds, and the sum of the shares at the upper ones.
+    It is 0 with all gates at their lower bounds, and the sum of the shares at the upper bounds.
     """
     config = gates[0].config
     bounds = torch.tensor(config.log_alpha_bounds)

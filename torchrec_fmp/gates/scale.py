@@ -1,4 +1,4 @@
-"""Multiplies embeddings by gates: pooled ones, sequences of them, and dense columns."""
+"""Multiplies pooled embeddings, sequences of embeddings, and dense columns by gates."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ _CPU_CHUNK_ELEMENTS = 256 * 1664
 
 
 class Scale(torch.autograd.Function):
-    """values_BW with the columns of key k multiplied by gate k.
+    """Multiplies the columns of key k in values_BW by gate k.
 
-    The forward and the gradient of the values are the product's. The gradient of the gates is, if
-    `centered`, that of the values' deviation from their mean over the rows. See `GateConfig`.
+    The output and the gradient of the values are the plain product's. If `centered`, the
+    gradient of the gates uses the values' deviation from their mean over the rows. See
+    `GateConfig`.
 
-    The backward pass goes through the batch in chunks that fit into a CPU core's cache; autograd's
-    own would write and read (B, W) intermediates, which costs four times as much.
+    The backward pass processes the batch in chunks that fit into a CPU core's cache. Autograd's
+    backward would write and read (B, W) intermediates, which costs four times as much.
     """
 
     @staticmethod
@@ -41,7 +42,7 @@ class Scale(torch.autograd.Function):
         (grad_BW,) = grads
         values_BW, gates = ctx.saved_tensors
         grad_values = torch.empty_like(grad_BW)
-        # Not mean(): of an empty batch, which a rank may get, that is NaN.
+        # Not mean(): a rank may get an empty batch, whose mean is NaN.
         mean_W = values_BW.sum(0) / max(len(values_BW), 1) if ctx.centered else 0
         dots_BK = []
         for chunk in _chunks(grad_BW):
@@ -53,14 +54,14 @@ class Scale(torch.autograd.Function):
 
 
 def _chunks(tensor_BW: Tensor) -> list[slice]:
-    """Rows to work on at a time; at least one chunk, which is empty for an empty tensor."""
+    """Slices of rows to process one at a time; an empty tensor gives one empty chunk."""
     rows = max(len(tensor_BW), 1)
     step = max(_CPU_CHUNK_ELEMENTS // max(tensor_BW.shape[1], 1), 1) if tensor_BW.is_cpu else rows
     return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def _multiply(values_BW: Tensor, gates: Tensor, lengths: Sequence[int], out: Tensor) -> Tensor:
-    """`out`, filled with each key's columns times its gate; gates are (K,) or (B, K)."""
+    """Fills `out` with each key's columns times its gate; gates are (K,) or (B, K)."""
     if len(set(lengths)) <= 1:
         shape = (len(values_BW), len(lengths), max(lengths, default=0))
         torch.mul(values_BW.reshape(shape), gates.unsqueeze(-1), out=out.view(shape))
@@ -81,8 +82,8 @@ def _dot_per_key(left_BW: Tensor, right_BW: Tensor, lengths: Sequence[int]) -> T
 
 @lru_cache(maxsize=256)
 def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    """The positions on the device, int64: copied once, not in every step."""
-    # Autograd could not save a tensor made in inference mode, should that ask for it first.
+    """The positions on the device, int64, copied once rather than in every step."""
+    # The first call may be in inference mode, and autograd cannot save tensors made there.
     with torch.inference_mode(False):
         return torch.tensor(positions, device=device)
 
@@ -104,9 +105,9 @@ def scale_keys(
     Args:
         embeddings: K keys with values (B, W); a feature that several tables serve has the keys
             `feature@table`, which share its gate.
-        features: the names that `gates` has values for, among others.
-        gates: (F,) or (B, F) fp32.
-        centered: see `GateConfig`.
+        features: features of `gates`, in order; they may include features without a key.
+        gates: gate values, (F,) or (B, F) fp32.
+        centered: whether the gates' gradient is centered; see `GateConfig`.
 
     Returns:
         A KeyedTensor with the same keys, values (B, W) in the dtype of `embeddings`.
@@ -121,14 +122,15 @@ def scale_sequences(
 ) -> dict[str, JaggedTensor]:
     """Multiplies the embeddings of each key's positions by its feature's gate.
 
-    An example's gate is that of all its positions, so its gradient is their sum.
+    All positions of an example share its gate, so the gate's gradient is their sum.
 
     Args:
         embeddings: key -> values (N, D) of the N positions of all examples, and lengths (B,); keys
             as in `scale_keys`.
-        features: the names that `gates` has values for, among others.
-        gates: (F,) or (B, F) fp32.
-        centered: see `GateConfig`; the mean is taken over the N positions.
+        features: features of `gates`, in order; they may include features without a key.
+        gates: gate values, (F,) or (B, F) fp32.
+        centered: whether the gates' gradient is centered; see `GateConfig`. The mean is taken over
+            the N positions.
 
     Returns:
         The same keys, lengths and weights; values (N, D) in the dtype of `embeddings`.

@@ -1,4 +1,4 @@
-"""`GateSchedule`: gates over the steps of pretraining."""
+"""`GateSchedule`: the gates over the steps of pretraining."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from torchrec_fmp.gates.penalty import Penalty
 
 
 class GateSchedule:
-    """Gates over the steps of pretraining: open at first, then penalized ever more, then fully.
+    """The gates over the steps of pretraining: open, then a growing penalty, then the full one.
 
-    While the gates are open the model learns as if there were none, so that features whose signal
-    shows late (those that matter only together) are not closed before it does.
+    While the gates are open, the model learns as if there were none. Features whose signal shows
+    late, because they matter only together, are therefore not closed before it does.
 
     Args:
-        gates: of the model.
-        optimizer: of the gates.
-        penalty: what drives them to close.
-        steps: of pretraining.
-        open_steps: with every gate exactly open.
-        ramp_steps: after these, in which the penalty grows linearly to its full strength.
+        gates: gates of the model.
+        optimizer: optimizer of the gates.
+        penalty: penalty that drives the gates to close.
+        steps: number of pretraining steps.
+        open_steps: number of steps, at the start, in which every gate is exactly open.
+        ramp_steps: number of steps, after the open ones, in which the penalty grows linearly to its
+            full strength.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class GateSchedule:
         if not (0 <= open_steps and 0 <= ramp_steps and open_steps + ramp_steps < steps):
             raise ValueError(
                 f"{open_steps} open steps and {ramp_steps} ramp steps leave none of {steps} "
-                "pretraining steps for the full penalty: pretrain on more rows, or smaller batches"
+                "pretraining steps for the full penalty: pretrain on more rows, or in "
+                "smaller batches"
             )
         self._gates = gates
         self._optimizer = optimizer
@@ -48,7 +50,7 @@ class GateSchedule:
         self._ramp_steps = ramp_steps
 
     def loss_term(self, step: int) -> Tensor:
-        """Puts the gates into their state for the step; what to add to the loss."""
+        """Sets the gates' state for the step, and returns the term to add to the loss."""
         is_open = step < self._open_steps
         for module in self._gates:
             module.set_open(is_open)
@@ -57,19 +59,19 @@ class GateSchedule:
         return self._penalty(self._gates, strength)
 
     def update(self, step: int) -> None:
-        """Steps the gates' optimizer, which rests while they are open."""
+        """Steps the gates' optimizer, except while the gates are open."""
         if step >= self._open_steps:
             self._optimizer.step()
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """What the penalty has learned; gates and their optimizer have states of their own."""
+        """The state that the penalty has learned, without the gates and their optimizer."""
         return {"penalty": self._penalty.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what `state_dict` gave.
+        """Restores the output of `state_dict`.
 
         Raises:
-            ValueError: if it is of another penalty.
+            ValueError: if the state is from another penalty.
         """
         self._penalty.load_state_dict(state["penalty"])

@@ -14,8 +14,8 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 def gate_scores(model: nn.Module) -> FeatureScores:
     """Scores each feature by its `log_alpha`.
 
-    The order is that of P(z > 0), which is monotone in `log_alpha`, and does not saturate. Every
-    rank holds the same gates, so every rank gets the same scores.
+    P(z > 0) is monotone in `log_alpha`, so both order features alike, and `log_alpha` does not
+    saturate. Every rank holds the same gates, so every rank gets the same scores.
 
     Raises:
         ValueError: if the model has no gates.
@@ -29,7 +29,7 @@ def gate_scores(model: nn.Module) -> FeatureScores:
 
 
 def by_feature(gates: Sequence[FeatureGates], values: Sequence[Tensor]) -> dict[str, float]:
-    """Feature -> its value, of one tensor (F,) for each module of gates."""
+    """Feature -> its value, from one tensor (F,) per module of gates."""
     return {
         feature: value
         for module, of_module in zip(gates, values, strict=True)

@@ -1,7 +1,7 @@
-"""The sharded counterparts of the gated collections and the sharders to pass to TorchRec.
+"""Sharded counterparts of the gated collections, and the sharders to pass to TorchRec.
 
-Built as TorchRec builds its own wrapped collections (torchrec/distributed/fp_embeddingbag.py): the
-inner collection is sharded by its own sharder, and the gates are a data-parallel parameter.
+They follow TorchRec's own wrapped collections (torchrec/distributed/fp_embeddingbag.py): the inner
+collection is sharded by its own sharder, and the gates are a data-parallel parameter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ M = TypeVar("M", bound=GatedCollection)
 class ShardedGatedCollection(
     ShardedEmbeddingModule[KJTList, list[Tensor], Out, Any], CollectionWrapper, Generic[Out]
 ):
-    """Sharded counterpart of a `GatedCollection`; made by its sharder."""
+    """Sharded counterpart of a `GatedCollection`; its sharder creates it."""
 
     unsharded: ClassVar[type[GatedCollection]]
     scale: ClassVar[Callable[..., Any]]
@@ -82,7 +82,7 @@ class ShardedGatedCollection(
         setattr(self, module.inner, sharded)
         self._lookups = lookups(sharded)
         self.features: tuple[str, ...] = module.features
-        # In place, so that collections which share gates go on sharing them.
+        # In place, so that collections with shared gates continue to share them.
         self.gates: FeatureGates = module.gates.to(device)
         self.step: StepCounter = module.step
 
@@ -90,7 +90,7 @@ class ShardedGatedCollection(
         return self.collection.create_context()
 
     def input_dist(self, ctx: Any, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
-        # What the noise of one batch depends on. It is taken here, so that a pipeline that
+        # A batch's noise depends on these two. They are set here, so that a pipeline that
         # distributes a batch ahead gives each batch its own noise.
         ctx.step = self.step.next()
         ctx.batch_size = features.stride()
@@ -145,10 +145,10 @@ class ShardedGatedEmbeddingCollection(ShardedGatedCollection[dict[str, JaggedTen
 
 
 class AnyShardingEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
-    """TorchRec's sharder, offering the planner row-wise sharding on CPU too.
+    """TorchRec's sharder, which offers the planner row-wise sharding on CPU too.
 
-    TorchRec's own hides it there (BaseEmbeddingSharder.sharding_types), although the sharded module
-    runs it.
+    TorchRec hides row-wise sharding on CPU (BaseEmbeddingSharder.sharding_types), although the
+    sharded module runs it.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -158,10 +158,10 @@ class AnyShardingEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
 
 class TracedEmbeddingCollectionSharder(EmbeddingCollectionSharder):
-    """TorchRec's sharder, leaving in the sharded module what its parameters were before.
+    """TorchRec's sharder, which records the unsharded parameters in the sharded module.
 
-    `apply_optimizer_in_backward` notes a table's optimizer on its parameter. TorchRec's own
-    `ShardedEmbeddingCollection` forgets the parameter, its `ShardedEmbeddingBagCollection` does
+    `apply_optimizer_in_backward` notes a table's optimizer on its parameter. TorchRec's
+    `ShardedEmbeddingCollection` forgets the parameter; its `ShardedEmbeddingBagCollection` does
     not.
     """
 
@@ -183,10 +183,10 @@ class TracedEmbeddingCollectionSharder(EmbeddingCollectionSharder):
 
 
 class _GatedSharder(BaseEmbeddingSharder[M]):
-    """Shards a gated collection as another sharder shards the collection inside.
+    """Shards a gated collection by applying another sharder to the inner collection.
 
     Args:
-        sharder: of the inner collection, with its fused parameters.
+        sharder: sharder of the inner collection, with its fused parameters.
     """
 
     sharded: ClassVar[type[ShardedGatedCollection[Any]]]
@@ -249,8 +249,10 @@ def sharders(
     `[*sharders(...), EmbeddingTowerSharder()]`.
 
     Args:
-        fused_params: of FBGEMM's fused optimizer, as `EmbeddingBagCollectionSharder` takes them.
-        qcomm_codecs_registry: of quantized communication, the same.
+        fused_params: parameters of FBGEMM's fused optimizer, as for
+            `EmbeddingBagCollectionSharder`.
+        qcomm_codecs_registry: codecs for quantized communication, as for
+            `EmbeddingBagCollectionSharder`.
     """
     bags = AnyShardingEmbeddingBagCollectionSharder(fused_params, qcomm_codecs_registry)
     sequences = TracedEmbeddingCollectionSharder(fused_params, qcomm_codecs_registry)

@@ -1,4 +1,4 @@
-"""`StepCounter`: which training step a gated module is in, the key of its gates' noise."""
+"""`StepCounter`: the training step of a gated module, which keys its gates' noise."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor, nn
 class StepCounter(nn.Module):
     """Counts the training forwards of the module that it belongs to.
 
-    The number lives on the host, so that drawing noise never waits for a device, and in the state
-    dict, as an int64 scalar on CPU, so that a resumed job goes on with the noise that it would have
-    drawn. It is no buffer: DistributedDataParallel and `.to(device)` would move it.
+    The count lives on the host, so that drawing noise never waits for a device. It is in the state
+    dict, as an int64 scalar on CPU, so that a resumed job continues with the noise that it would
+    have drawn. It is not a buffer: DistributedDataParallel and `.to(device)` would move it.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.value = 0
 
-    # Otherwise a compiled module that holds a counter would be compiled anew for every number.
+    # Otherwise a compiled module that holds a counter would be compiled again for every count.
     @torch.compiler.disable
     def next(self) -> int:
-        """The step of the coming forward; counts up in training."""
+        """The step of the next forward; counts up in training."""
         step = self.value
         if self.training:
             self.value += 1

@@ -1,3 +1,3 @@
-"""What a person reads: text and tables of what others computed."""
+"""Text and tables for people, from results that other packages compute."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a what-if found: a table for people, JSON for machines."""
+"""The result of a what-if: a table for people, JSON for machines."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchrec_fmp.planning.what_if import PlanFigures, WhatIf
 
 
 def write_json(result: WhatIf, path: str) -> None:
-    """Everything that was found, for machines."""
+    """Writes the whole result, for machines."""
     with paths.write_atomically(path) as file:
         file.write(json.dumps(result.describe(), indent=2) + "\n")
 
 
 def format_what_if(result: WhatIf) -> str:
-    """A table for people."""
+    """The result as a table for people."""
     before, after = result.size_before, result.size_after
     memory = result.memory.upper()
     columns = (result.before, result.sticky, result.planner)
@@ -60,7 +60,7 @@ def format_what_if(result: WhatIf) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """With a binary unit, such as 3.6 TiB."""
+    """The count with a binary unit, such as 3.6 TiB."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
     power = min(int(math.log2(count) // 10), len(units) - 1) if count else 0
     return f"{count:,} B" if not power else f"{count / 1024**power:,.1f} {units[power]}"

@@ -1,4 +1,4 @@
-"""The table that a run ends with."""
+"""The table at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from torchrec_fmp.data.dataset import PlantedTruth
 
-# How reports call the models, in order.
+# Names of the models in reports, in order.
 MODEL_NAMES = {
-    "full": "full, trained without us",
-    "pruned": "pruned, before going on",
+    "full": "full model, trained without gates",
+    "pruned": "pruned, before continued training",
     "final": "final",
 }
 
 
 def format_report(result: Mapping[str, Any], truth: PlantedTruth | None, directory: str) -> str:
-    """The table for people, of a result as `result_of` gives it."""
+    """The output of `result_of` as a table for people."""
     lines = [
         f"features   {result['features_kept']} of {result['features_total']} kept",
         f"  dropped  {', '.join(result['dropped']) or 'none'}",
@@ -54,14 +54,14 @@ def _truth_lines(result: Mapping[str, Any], truth: PlantedTruth) -> list[str]:
 
 
 def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    lines = [f"{'test split':<26} {'AUC':>8} {'logloss':>8} {'NE':>8}"]
+    lines = [f"{'test split':<35} {'AUC':>8} {'logloss':>8} {'NE':>8}"]
     for key, name in MODEL_NAMES.items():
         figures = metrics[key]
         if figures is not None:
             row = " ".join(
                 f"{format_number(figures[m], '.4f'):>8}" for m in ("auc", "logloss", "ne")
             )
-            lines.append(f"  {name:<24} {row}")
+            lines.append(f"  {name:<33} {row}")
     return lines
 
 

@@ -1,3 +1,3 @@
-"""`torchrec-fmp run`: its configuration, its three phases, and what they leave behind."""
+"""`torchrec-fmp run`: its configuration, its three phases, and their results."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The configuration of a run: composed of its parts' own dataclasses."""
+"""The configuration of a run, composed of the dataclasses of its parts."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ from torchrec_fmp.training.train_config import TrainConfig
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """The phase in which features are scored, on a part of the data.
+    """The phase that scores features, on a part of the data.
 
     Args:
-        fraction: of the training rows; not used where `samples` is given.
-        samples: training rows, over all ranks; rounded down to whole batches of every rank.
-        batch_size: rows a step on each rank; by default as in training. Smaller ones move the
+        fraction: fraction of the training rows; unused if `samples` is given.
+        samples: number of training rows over all ranks, rounded down to whole batches on every
+            rank.
+        batch_size: rows per step on each rank; by default as in training. Smaller batches move the
             gates further on the same rows, and take longer.
-        subset: which rows; the others are for going on.
+        subset: rule that chooses the rows; the others are for continued training.
     """
 
     fraction: float = 0.2
@@ -48,37 +49,37 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "pretrain", "fraction")
         if self.fraction > 1:
-            raise ValueError(f"pretrain.fraction is {self.fraction}, it must be at most 1")
+            raise ValueError(f"pretrain.fraction is {self.fraction}; it must be at most 1")
         for name in ("samples", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"pretrain.{name} is {value}, it must be at least 1")
+                raise ValueError(f"pretrain.{name} is {value}; it must be at least 1")
 
     def rows_of(self, rows: int) -> int:
-        """How many of `rows` training rows are for pretraining."""
+        """Number of pretraining rows among `rows` training rows."""
         return int(self.fraction * rows) if self.samples is None else self.samples
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run.
+    """Configuration of a whole run.
 
     Args:
-        data: the data set.
-        model: the backbone.
-        gates: start and noise of the gates.
-        pretrain: the rows that features are scored on.
-        scorer: what scores them; by default, gates that are trained with the model.
-        policy: which features go.
-        schedule: in one prune, or in several with training in between.
+        data: data set.
+        model: backbone.
+        gates: initial values and noise of the gates.
+        pretrain: rows that features are scored on.
+        scorer: method that scores features; by default, gates that are trained with the model.
+        policy: rule that decides which features are dropped.
+        schedule: number of prunes: one, or several with training in between.
         parity_tolerance: largest difference allowed between gated and pruned logits.
-        train: both phases' training.
-        planner: what TorchRec's planner may choose from.
-        replan: whether tables that survive move to the planner's new plan; see `prune`.
-        move: how tables move.
-        continuation: what training goes on from after the prune.
-        reference: also train the unpruned model, on all rows in their own order.
-        seed: of weights, shuffling and, added to gates.seed, gate noise.
+        train: training options of both phases.
+        planner: options that TorchRec's planner may choose from.
+        replan: whether surviving tables move to the planner's new plan; see `prune`.
+        move: settings for moving tables.
+        continuation: state that training continues from after the prune.
+        reference: whether to train the full model too, on all rows in their own order.
+        seed: seed of weights, shuffling and, added to gates.seed, gate noise.
     """
 
     data: Dataset
@@ -99,22 +100,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not self.parity_tolerance >= 0:
-            raise ValueError(f"parity_tolerance is {self.parity_tolerance}, it must be at least 0")
+            raise ValueError(f"parity_tolerance is {self.parity_tolerance}; it must be at least 0")
         if self.planner.replicates and self.train.embedding_optimizer != "adam":
             raise ValueError(
-                "data_parallel tables train with the dense optimizer. A run's is Adam, whose "
-                f"states are not those of {self.train.embedding_optimizer}, so they could not move "
-                "to or from other sharding types when the model is planned again: set "
-                "train.embedding_optimizer to adam, or other planner.sharding_types"
+                "data_parallel tables train with the dense optimizer, which is Adam in a run. Its "
+                f"states differ from those of {self.train.embedding_optimizer}, so tables could "
+                "not move to or from other sharding types when the model is planned again. Set "
+                "train.embedding_optimizer to adam, or choose other planner.sharding_types"
             )
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, it must be at least 0")
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
         stops = isinstance(self.scorer, HardConcreteScorer) and self.scorer.stop is not None
         if stops and isinstance(self.policy, BestSize):
             raise ValueError(
-                "policy BestSize decides by validation losses that are measured when pretraining "
-                "has ended, and scorer.stop ends pretraining when the decision is stable: leave "
-                "one of them out"
+                "policy BestSize decides by validation losses, which are measured after "
+                "pretraining has ended, but scorer.stop ends pretraining when the decision is "
+                "stable: remove one of them"
             )
         if self.continuation.start == "rewound" and self.schedule.prunes > 1:
             raise ValueError(
@@ -125,7 +126,7 @@ class RunConfig:
 
     @property
     def pretrain_batch_size(self) -> int:
-        """Rows a step of pretraining on each rank."""
+        """Rows per pretraining step on each rank."""
         return self.pretrain.batch_size or self.train.batch_size
 
 

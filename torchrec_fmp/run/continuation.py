@@ -1,4 +1,4 @@
-"""What training continues from after the prune, and `Snapshot`: weights to go back to."""
+"""The start of training after the prune, and `Snapshot`: weights to rewind to."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from torchrec_fmp.training.job import Job
 
 @dataclass(frozen=True)
 class ContinuationConfig:
-    """What training goes on from after the prune.
+    """The state that training continues from after the prune.
 
     Args:
-        start: `carried`, the weights and optimizer states that the prune has moved; `rewound`, the
-            weights that the surviving parameters had after `rewind_steps` steps of pretraining,
-            with new optimizer states; `reinitialized`, a newly initialized model of the features
-            that stay, under a plan of its own.
-        rewind_steps: 0 are the initial weights.
-        warmup_steps: over which the learning rates rise linearly, of dense parameters and tables.
+        start: state to start from. `carried`: the weights and optimizer states that the prune has
+            moved. `rewound`: the weights that the surviving parameters had after `rewind_steps`
+            steps of pretraining, with new optimizer states. `reinitialized`: a newly initialized
+            model of the kept features, under a new plan.
+        rewind_steps: number of pretraining steps to rewind to; 0 means the initial weights.
+        warmup_steps: number of steps over which the learning rates of dense parameters and tables
+            rise linearly.
     """
 
     start: Literal["carried", "rewound", "reinitialized"] = "carried"
@@ -40,22 +41,22 @@ class ContinuationConfig:
         for name in ("rewind_steps", "warmup_steps"):
             if getattr(self, name) < 0:
                 value = getattr(self, name)
-                raise ValueError(f"continuation.{name} is {value}, it must be at least 0")
+                raise ValueError(f"continuation.{name} is {value}; it must be at least 0")
         if self.rewind_steps and self.start != "rewound":
             raise ValueError(
-                f"continuation.rewind_steps is {self.rewind_steps}, which only start: rewound "
-                f"reads, and start is {self.start}"
+                f"continuation.rewind_steps is {self.rewind_steps}, but only start: rewound "
+                f"reads it, and start is {self.start}. Set start to rewound, or remove rewind_steps"
             )
 
 
 class Snapshot:
-    """What this rank holds of a model's weights, copied to host memory.
+    """This rank's part of a model's weights, copied to host memory.
 
-    For rewinding: after a cut, the weights of early in training can learn better than those of its
-    end (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis").
+    For rewinding: after a cut, weights from early training can learn better than the final ones
+    (Frankle et al. 2020, "Linear Mode Connectivity and the Lottery Ticket Hypothesis").
 
     Args:
-        model: sharded; its optimizers' states are not copied.
+        model: sharded model; its optimizer states are not copied.
     """
 
     def __init__(self, model: DistributedModelParallel) -> None:
@@ -63,10 +64,10 @@ class Snapshot:
 
     @torch.no_grad()
     def restore(self, job: Job) -> None:
-        """Gives the model its weights back, and its optimizers the states of before any step.
+        """Restores the model's weights, and resets its optimizers to before their first step.
 
         Args:
-            job: with the model that the snapshot was taken of, sharded as it was then.
+            job: job with the snapshot's model, sharded as when the snapshot was taken.
         """
         for weight, copy in zip(_weights(job.model), self._weights, strict=True):
             weight.copy_(copy)
@@ -77,7 +78,7 @@ class Snapshot:
             for state in shard.states.values():
                 state.zero_()
             shard.kernel.emb_module.set_optimizer_step(0)
-            # What a cache has of the table is no longer what the table has.
+            # Cached rows no longer match the table.
             shard.kernel.emb_module.reset_cache_states()
 
 

@@ -1,4 +1,4 @@
-"""The run directory: everything that one job leaves behind."""
+"""The run directory: all files that a job leaves behind."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class RunDirectory:
     """Names and writes the files of a run; see docs/run_directory.md.
 
     Args:
-        path: of the directory.
-        writes: whether this rank writes; the others may ask for names, and write nothing.
+        path: path of the directory.
+        writes: whether this rank writes; other ranks can get file names, but write nothing.
     """
 
     def __init__(self, path: str, writes: bool) -> None:
@@ -20,10 +20,11 @@ class RunDirectory:
         self._writes = writes
 
     def create(self) -> None:
-        """Makes the directory.
+        """Creates the directory.
 
         Raises:
-            FileExistsError: if it is there and no empty directory: a run never mixes with another.
+            FileExistsError: if the path exists and is not an empty directory, because runs never
+                share a directory.
         """
         if not self._writes:
             return
@@ -31,7 +32,7 @@ class RunDirectory:
         manager = paths.manager
         if paths.exists(self.path) and not (manager.isdir(self.path) and not manager.ls(self.path)):
             raise FileExistsError(
-                f"the run directory {self.path} is there and not empty: name a new one with --out"
+                f"the run directory {self.path} exists and is not empty: name a new one with --out"
             )
         paths.make_directories(self.path)
 
@@ -46,7 +47,7 @@ class RunDirectory:
                 file.write(text)
 
     def write_json(self, name: str, content: object) -> None:
-        """Writes a JSON file atomically; NaN, which JSON does not have, becomes null."""
+        """Writes a JSON file atomically; NaN becomes null, because JSON has no NaN."""
         self.write_text(name, json.dumps(_without_nan(content), indent=2) + "\n")
 
 

@@ -1,8 +1,8 @@
-"""Former places of what YAML names by class, so that the config of an old run still loads."""
+"""Former modules of classes that YAML names, so that the config of an old run still loads."""
 
 from __future__ import annotations
 
-# Former module -> where its classes are now.
+# Former module -> present module of its classes.
 FORMER_MODULES = {
     "torchrec_fmp.policies": "torchrec_fmp.selection.policies",
     "torchrec_fmp.schedules": "torchrec_fmp.selection.schedules",

@@ -15,27 +15,27 @@ from torchrec_fmp.training.train import Progress, total_progress
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything that a finished run measured; figures of the reference are absent without it.
+    """Everything that a finished run measured; a run without a reference has no `full` figures.
 
     Args:
-        state: of the run, at its end.
+        state: final state of the run.
     """
 
     state: RunState
 
     @property
     def selection(self) -> Selection:
-        """The decisions on all features: of the prune that dropped one, or of the last."""
+        """The decision on every feature: from the prune that dropped it, or from the last prune."""
         return self.state.selections[-1]
 
     @property
     def metrics(self) -> Mapping[str, Metrics]:
-        """Of the test split, by full, pruned and final."""
+        """Metrics on the test split, by full, pruned and final."""
         return self.state.metrics
 
     @property
     def progress(self) -> dict[str, Progress]:
-        """Of training, by full, pretrain and continue, over all prunes."""
+        """Training progress, by full, pretrain and continue, over all prunes."""
         return {phase: total_progress(parts) for phase, parts in self.state.progress.items()}
 
     @property
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def replaced(self) -> Counter[tuple[str, str]]:
-        """(column, problem) -> bad values replaced in all reading, over all ranks."""
+        """(column, problem) -> number of bad values replaced in all passes, over all ranks."""
         return self.state.replaced
 
     @property
@@ -60,7 +60,7 @@ class Outcome:
 
     @property
     def parity_max_abs(self) -> float:
-        """Max abs difference of the outputs, over all prunes and ranks."""
+        """Largest absolute difference of the outputs, over all prunes and ranks."""
         return max(manifest["parity_max_abs"] or 0.0 for manifest in self.state.manifests)
 
     def _first_and_last(self, name: str) -> tuple[Any, Any]:

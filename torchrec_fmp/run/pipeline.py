@@ -1,6 +1,6 @@
 """The three phases on one data set: pretrain with gates, prune, continue.
 
-With a schedule of several prunes, the first two come in turn, each on its part of the rows.
+With a schedule of several prunes, the first two alternate, on one part of the rows per prune.
 """
 
 from __future__ import annotations
@@ -44,12 +44,13 @@ class Pipeline:
     """One run: its data and its phases.
 
     Args:
-        config: what to run.
-        ranks: the process group.
-        directory: gets metrics.jsonl, selection.json and manifest.json (those of prunes before the
-            last as selection-1.json and so on), each as soon as it is known; None for none.
-        on_predictions: called with the name of a model (full, pruned or final) and what it predicts
-            for the test split, the same rows in the same order for every model and seed.
+        config: configuration of the run.
+        ranks: process group.
+        directory: run directory for metrics.jsonl, selection.json and manifest.json, each written
+            as soon as its content is known. Prunes before the last write selection-1.json and so
+            on. None writes no files.
+        on_predictions: callback for the name of a model (full, pruned or final) and its predictions
+            on the test split, with the same rows in the same order for every model and seed.
 
     Raises:
         ValueError: if there are too few rows for the configured phases.
@@ -77,11 +78,11 @@ class Pipeline:
         self._snapshot: Snapshot | None = None
 
     def run(self) -> Outcome:
-        """Runs the reference, where it is asked for, and the three phases.
+        """Trains the reference, if the config asks for one, and runs the three phases.
 
         Raises:
-            DataError: at input that cannot be trained on.
-            ParityError: if the pruned model does not compute what the gated one does.
+            DataError: if the input cannot be trained on.
+            ParityError: if the outputs of the pruned and the gated model differ.
             TrainingDiverged: if a loss is not finite.
         """
         if self._config.reference:
@@ -102,18 +103,18 @@ class Pipeline:
         return Outcome(self.state)
 
     def _run_reference(self) -> None:
-        """Trains the model without gates on all rows, in their own order."""
+        """Trains the full model, without gates, on all rows in their own order."""
         job = self._build(gated=False)
         with self._timed("full"):
             self._train(job, "full", self._rows.whole(job.schema))
         self._evaluate(job, "full")
 
     def _pretrain_and_prune(self, job: Job, number: int) -> Job:
-        """Scores the features that are left and drops some; returns the smaller model.
+        """Scores the remaining features and drops some; returns the smaller model.
 
         Args:
-            job: gated.
-            number: of the prune, from 1.
+            job: job with the gated model.
+            number: number of the prune, from 1.
         """
         with self._timed("pretrain"):
             pretraining = self._pretraining(job, number)
@@ -125,7 +126,7 @@ class Pipeline:
         with self._timed("prune"):
             selection = self._decide(scores, job, number)
             self._rewind(job, pretraining)
-            # It holds the gated model, which is to be freed.
+            # `pretraining` holds the gated model, which must be freed.
             del pretraining
             return self._prune(job, selection, number)
 
@@ -149,7 +150,7 @@ class Pipeline:
         )
 
     def _pretraining(self, job: Job, number: int = 1) -> Pretraining:
-        """For the prune of that number, on the rows behind those that have been trained on."""
+        """Pretraining for the prune of that number, on the next untrained rows."""
         return Pretraining(
             job,
             self._ranks,
@@ -183,9 +184,9 @@ class Pipeline:
         self.state.rows[phase] += progress.steps * batch_size
 
     def _take_snapshot(self, job: Job, step: int) -> None:
-        """Keeps the weights that pretraining has before this step, if they are to be gone back to.
+        """Keeps the weights from before this pretraining step, if the run rewinds to them.
 
-        It is called with the number of all steps at the end, too.
+        After pretraining, it is called again with the total number of steps.
         """
         continuation = self._config.continuation
         if continuation.start == "rewound" and step == continuation.rewind_steps:
@@ -197,17 +198,17 @@ class Pipeline:
         if self._snapshot is None:
             steps = pretraining.trained_rows // pretraining.batch_size
             raise ValueError(
-                f"continuation.rewind_steps is {self._config.continuation.rewind_steps}, and "
+                f"continuation.rewind_steps is {self._config.continuation.rewind_steps}, but "
                 f"pretraining took {steps} steps: rewind to one of them"
             )
         self._snapshot.restore(job)
         self._snapshot = None
 
     def _decide(self, scores: FeatureScores, job: Job, number: int) -> Selection:
-        """Decides on rank 0 and sends the decision, so that every rank has the same.
+        """Decides on rank 0 and broadcasts the decision, so that every rank has the same one.
 
         Returns:
-            The decisions on the features that the model has.
+            The decisions on the features that the model still has.
         """
         text = self._decision(job, number, scores).to_json() if self._ranks.speaks else None
         text = broadcast_text(text, self._ranks.group, self._ranks.device)
@@ -219,7 +220,7 @@ class Pipeline:
         return Selection({name: it for name, it in decisions.items() if name in scores.scores})
 
     def _decision(self, job: Job, number: int, scores: FeatureScores) -> Selection:
-        """What the policy decides, on this rank, over all features that the first model had."""
+        """The policy's decision, on this rank, over all features of the full model."""
         policy = self._config.policy
         if policy.cost_unit is not None and self.state.table_costs is None:
             self.state.table_costs = table_costs(
@@ -238,7 +239,7 @@ class Pipeline:
         )
 
     def _prune(self, job: Job, selection: Selection, number: int) -> Job:
-        """Prunes; what is to be pruned again gets new gates, like those that it had."""
+        """Prunes; a model that will be pruned again gets new gates, like its old ones."""
         gates = next(module.config for _, module in feature_gates(job.model))
         rows_left = self._rows.per_rank - self.state.rows["pretrain"]
         batch, _ = next(self._rows.test_batches(job.schema))
@@ -262,7 +263,7 @@ class Pipeline:
         return Job(pruned.model, pruned.optimizer, job.schema.only(selection.kept))
 
     def _file(self, name: str, number: int) -> str:
-        """Where a prune's file goes: the last one's has no number."""
+        """Name of a prune's file; the last prune's file has no number."""
         return f"{name}.json" if self._config.schedule.is_last(number) else f"{name}-{number}.json"
 
     def _evaluate(self, job: Job, name: str) -> None:

@@ -1,4 +1,4 @@
-"""`result.json`: what a run comes to."""
+"""`result.json`: the result of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrec_fmp.run.outcome import Outcome
 
 
 def result_of(outcome: Outcome, config: RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """The content of result.json, as docs/run_directory.md says."""
+    """The content of result.json, as docs/run_directory.md describes it."""
     selection = outcome.selection
     truth = config.data.truth
     metrics = {name: asdict(figures) for name, figures in outcome.metrics.items()}

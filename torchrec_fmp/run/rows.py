@@ -21,11 +21,11 @@ from torchrec_fmp.scorers.pretraining import PretrainingRows
 
 @dataclass(frozen=True)
 class Stretch:
-    """This rank's rows of a reader, from one on.
+    """This rank's rows of a reader, from a given row to the end.
 
     Args:
-        reader: the rows.
-        start: the first, counted in this rank's order.
+        reader: reader of the rows.
+        start: first row, counted in this rank's order.
     """
 
     reader: Reader
@@ -40,7 +40,7 @@ class Stretch:
 
 
 class _Split(NamedTuple):
-    """The training rows: those chosen for pretraining, and the rest."""
+    """The training rows: the rows chosen for pretraining, and the rest."""
 
     chosen: Source
     rest: Source
@@ -50,8 +50,8 @@ class RunRows:
     """The rows of a run, divided among its phases and ranks.
 
     Args:
-        config: of the run.
-        ranks: the group.
+        config: configuration of the run.
+        ranks: process group.
 
     Raises:
         ValueError: if there are too few rows for the configured phases.
@@ -74,7 +74,7 @@ class RunRows:
 
     @property
     def per_prune(self) -> int:
-        """Number of this rank's rows that are pretrained on for one prune, in whole batches."""
+        """Number of this rank's pretraining rows for one prune, in whole batches."""
         batch_size = self._config.pretrain_batch_size
         batches = self._pretrain_rows // self._ranks.world_size // batch_size
         return batches // self._config.schedule.prunes * batch_size
@@ -84,11 +84,11 @@ class RunRows:
         return [Stretch(self._reader(self._train_source, schema))]
 
     def pretraining(self, schema: Schema, first: int) -> PretrainingRows:
-        """The rows of one prune.
+        """The pretraining rows of one prune.
 
         Args:
             schema: columns to read.
-            first: the first row, counted in this rank's rows of pretraining.
+            first: first row, counted in this rank's pretraining rows.
         """
         batch_size = self._config.pretrain_batch_size
 
@@ -109,7 +109,7 @@ class RunRows:
         return PretrainingRows(read, read_validation, self.per_prune, batch_size)
 
     def continued(self, schema: Schema, first: int) -> list[Stretch]:
-        """The rows that pretraining has left over, and all others.
+        """The rows for continued training: pretraining rows left over, and all other rows.
 
         Args:
             schema: columns to read.
@@ -126,7 +126,7 @@ class RunRows:
         return reader.padded_batches(self._config.train.batch_size)
 
     def count_replaced(self) -> Counter[tuple[str, str]]:
-        """(column, problem) -> bad values replaced in all reading, over all ranks. Collective."""
+        """(column, problem) -> bad values replaced in all passes, over all ranks. Collective."""
         mine: Counter[tuple[str, str]] = Counter()
         for reader in self._readers:
             mine.update(reader.replaced)
@@ -155,7 +155,7 @@ class RunRows:
             )
         if self.per_prune == 0:
             raise ValueError(
-                f"the {self._pretrain_rows} rows of pretraining are not a batch of "
+                f"the {self._pretrain_rows} pretraining rows are fewer than a batch of "
                 f"{config.pretrain_batch_size} on each of {world_size} ranks for each of "
                 f"{config.schedule.prunes} prunes: give more rows, a smaller pretrain.batch_size, "
                 "or fewer prunes"

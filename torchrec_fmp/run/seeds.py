@@ -13,7 +13,7 @@ from torchrec_fmp.run.pipeline import Pipeline
 from torchrec_fmp.run.stability import SeedRun
 from torchrec_fmp.training.metrics import Predictions
 
-# The pruned model before going on is on its way, not a result to rely on.
+# The pruned model before continued training is not yet a result to rely on.
 _COMPARED = ("full", "final")
 
 
@@ -22,18 +22,18 @@ def run_seeds(
 ) -> tuple[list[SeedRun], Tensor]:
     """Runs the whole pipeline with each seed. Collective.
 
-    Rank 0 holds 8 bytes a seed and test row in the end: the logits of two models.
+    At the end, rank 0 holds 8 bytes per seed and test row: the logits of two models.
 
     Args:
-        configuration: seed -> its configuration, made anew, because penalties keep state.
-        seeds: of the runs, at least one.
-        ranks: the group.
+        configuration: function from a seed to a new configuration, because penalties keep state.
+        seeds: seeds of the runs, at least one.
+        ranks: process group.
 
     Returns:
         The runs, whose logits are on rank 0 only, and the (N,) labels of the test rows.
 
     Raises:
-        ValueError: if there are too few rows, or they cannot be trained on.
+        ValueError: if there are too few rows, or rows that cannot be trained on.
         RuntimeError: if training diverges or a prune is refused; see `Pipeline.run`.
     """
     quiet = None if ranks.speaks else True

@@ -16,13 +16,13 @@ from torchrec_fmp.training.metrics import Metrics
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed's run gave.
+    """The result of one seed's run.
 
     Args:
-        seed: of the run.
-        selection: its decisions.
-        metrics: of the test split, by full, pruned and final.
-        logits: (N,) fp32 for the test split, by full and final.
+        seed: seed of the run.
+        selection: decisions of the run.
+        metrics: metrics on the test split, by full, pruned and final.
+        logits: logits on the test split, (N,) fp32, by full and final.
     """
 
     seed: int
@@ -32,13 +32,13 @@ class SeedRun:
 
 
 def consistency(decisions: Tensor) -> float:
-    """How often two runs decide alike: the share of rows, mean over all pairs of runs.
+    """How often two runs make the same decision: the share of rows, mean over all pairs of runs.
 
     The consistency of "Assessing the Macro and Micro Effects of Random Seeds on Fine-Tuning Large
     Language Models" (arXiv:2503.07329), taken over all pairs.
 
     Args:
-        decisions: (S, N) bool, S runs of N rows, both at least 1 and S at least 2.
+        decisions: decisions of S runs on N rows, (S, N) bool, S at least 2 and N at least 1.
     """
     runs = len(decisions)
     positive = decisions.sum(0).double()
@@ -51,28 +51,28 @@ def prediction_deviation(probabilities: Tensor) -> float:
     """Standard deviation (of the sample) over runs of a row's prediction, mean over rows.
 
     Args:
-        probabilities: (S, N), S at least 2.
+        probabilities: predictions of S runs on N rows, (S, N), S at least 2.
     """
     return float(probabilities.double().std(0).mean())
 
 
 def jaccard(kept: Sequence[frozenset[str]]) -> float:
-    """Size of the intersection over that of the union, mean over all pairs.
+    """Size of the intersection divided by the size of the union, mean over all pairs.
 
     Args:
-        kept: at least 2 sets, none empty.
+        kept: sets of kept features, at least 2, none empty.
     """
     pairs = list(combinations(kept, 2))
     return sum(len(one & other) / len(one | other) for one, other in pairs) / len(pairs)
 
 
 def stability_of(runs: Sequence[SeedRun], labels: Tensor, world_size: int) -> dict[str, Any]:
-    """The content of stability.json, as docs/run_directory.md says.
+    """The content of stability.json, as docs/run_directory.md describes it.
 
     Args:
-        runs: at least 2, of the same features and test rows.
-        labels: (N,) of the test rows, 0 or 1.
-        world_size: of the runs.
+        runs: runs to compare, at least 2, with the same features and test rows.
+        labels: labels of the test rows, (N,), 0 or 1.
+        world_size: number of ranks of the runs.
     """
     threshold = float(labels.double().mean())
     kept = [frozenset(run.selection.kept) for run in runs]
@@ -113,7 +113,7 @@ def stability_of(runs: Sequence[SeedRun], labels: Tensor, world_size: int) -> di
 
 
 def _agreement(logits: Tensor, threshold: float) -> dict[str, float]:
-    """Of (S, N) logits."""
+    """Consistency and standard deviation of (S, N) logits."""
     probabilities = logits.double().sigmoid()
     return {
         "consistency": consistency(probabilities >= threshold),

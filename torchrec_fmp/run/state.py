@@ -1,4 +1,4 @@
-"""`RunState`: where a run is and what it has measured so far, as plain data."""
+"""`RunState`: the progress of a run and its measurements so far, as plain data."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ class RunState:
     """Everything about a run that changes, except tensors.
 
     Args:
-        phase: under way; `full` is the reference's training.
+        phase: phase under way; `full` is the reference's training.
         prunes: number of prunes done.
-        rows: phase -> rows that each rank has trained on in it, over all prunes.
-        selections: each prune's decisions, over all features that the first model had.
-        manifests: what each prune did, as `Manifest.describe` gives it.
-        metrics: of the test split, by full, pruned and final.
-        progress: phase -> what each of its parts took; a phase has a part for each prune.
+        rows: phase -> number of rows that each rank has trained on, over all prunes.
+        selections: decisions of each prune, over all features of the full model.
+        manifests: record of each prune, from `Manifest.describe`.
+        metrics: metrics on the test split, by full, pruned and final.
+        progress: phase -> progress of each part; a phase has a part for each prune.
         seconds: wall time by phase: full, pretrain, prune and continue, without evaluations.
-        costs: unit -> feature -> cost in the first model, by which every prune's penalty counts.
-        table_costs: of the first model, by which every prune's policy decides; None if not priced.
-        replaced: (column, problem) -> bad values replaced in all reading, over all ranks.
+        costs: unit -> feature -> cost in the full model; every prune's penalty uses them.
+        table_costs: table costs in the full model, which every prune's policy uses; None if not
+            priced.
+        replaced: (column, problem) -> bad values replaced in all passes, over all ranks.
     """
 
     phase: Phase = "full"
@@ -51,7 +52,7 @@ class RunState:
         return self.selections[-1] if self.selections else None
 
     def describe(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """The whole state as plain data, ready for JSON."""
         return {
             "phase": self.phase,
             "prunes": self.prunes,
@@ -70,7 +71,7 @@ class RunState:
 
     @staticmethod
     def of(content: Mapping[str, Any]) -> RunState:
-        """The state that `describe` gave, after JSON or not."""
+        """Reads the output of `describe`, after a round trip through JSON or without one."""
         table_costs = content["table_costs"]
         return RunState(
             phase=content["phase"],

@@ -1,4 +1,4 @@
-"""A model and a cluster described in YAML, to be planned without either."""
+"""A model and a cluster described in YAML, for planning without either."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class TopologyConfig:
-    """The ranks.
+    """Configuration of the ranks.
 
     Args:
         world_size: number of ranks.
-        local_world_size: ranks on one host; all of them, if not given.
-        device: of the tables.
+        local_world_size: number of ranks on one host; by default all.
+        device: device of the tables.
         hbm_gib: memory of a GPU.
         ddr_gib: memory of the host for each rank.
         intra_host_gib_per_s: bandwidth of a rank to others on its host.
@@ -59,7 +59,7 @@ class TopologyConfig:
         local = self.local_world_size
         if local is not None and (local < 1 or self.world_size % local):
             raise ValueError(
-                f"topology.local_world_size is {local}, it must divide the "
+                f"topology.local_world_size is {local}; it must divide the "
                 f"world_size {self.world_size}"
             )
 
@@ -79,15 +79,15 @@ class TopologyConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """How far TorchRec's planner searches; docs/planning.md says what that takes.
+    """How far TorchRec's planner searches; docs/planning.md says what each search takes.
 
     Args:
-        search: `by_time` lets TorchRec's planner choose among a few proposals, made of the fused
-            kernel and of few estimates; `greedy` lets its greedy proposer choose among all types
-            and kernels; `full` runs its four default proposers.
-        sharding_types: to choose from; TorchRec's names.
-        shard_fraction: of a rank's memory, which a shard may take with `by_time`.
-        reserved_fraction: of a rank's memory, for everything that is not a table.
+        search: kind of search. `by_time` lets TorchRec's planner choose among a few proposals, made
+            of the fused kernel and of few estimates. `greedy` lets TorchRec's greedy proposer
+            choose among all types and kernels. `full` runs TorchRec's four default proposers.
+        sharding_types: sharding types to choose from, by TorchRec's names.
+        shard_fraction: fraction of a rank's memory that a shard may take with `by_time`.
+        reserved_fraction: fraction of a rank's memory for everything that is not a table.
     """
 
     search: Literal["by_time", "greedy", "full"] = "by_time"
@@ -108,23 +108,23 @@ class SearchConfig:
             raise ValueError(f"planner.sharding_types has {unknown}; TorchRec has {known}")
         for name in ("shard_fraction", "reserved_fraction"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"planner.{name} is {getattr(self, name)}, it must be in (0, 1)")
+                raise ValueError(f"planner.{name} is {getattr(self, name)}; it must be in (0, 1)")
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """Tables that are alike.
+    """A group of identical tables.
 
-    Table 3 of the group `ads` is `t_ads_3`, and its feature `ads_3`, or `ads_3_0`, `ads_3_1`, ...
-    where it serves several.
+    Table 3 of the group `ads` is `t_ads_3`. Its feature is `ads_3`; if the table serves several
+    features, they are `ads_3_0`, `ads_3_1`, ...
 
     Args:
         count: number of tables.
-        rows: of each.
-        dim: of each row.
-        pooling: mean number of ids in a row of data, of each feature.
-        features_per_table: that share a table.
-        data_type: of the weights.
+        rows: number of rows of each table.
+        dim: dimension of each row.
+        pooling: mean number of ids of each feature in a row of data.
+        features_per_table: number of features that share a table.
+        data_type: data type of the weights.
     """
 
     count: int
@@ -139,7 +139,7 @@ class TableGroup:
         check_positive(self, "a group's", *names)
 
     def tables(self, name: str, fraction: float) -> list[EmbeddingBagConfig]:
-        """The first of the group's tables, at least one."""
+        """The first tables of the group, as many as `fraction` says and at least one."""
         return [
             EmbeddingBagConfig(
                 name=f"t_{name}_{i}",
@@ -158,16 +158,17 @@ class TableGroup:
 
 @dataclass(frozen=True)
 class WhatIfConfig:
-    """A model, a cluster, and how to plan the one on the other.
+    """A model, a cluster, and how to plan the model on the cluster.
 
     Args:
-        groups: name -> tables that are alike.
-        topology: the ranks.
-        planner: how far TorchRec's planner searches.
+        groups: name -> group of identical tables.
+        topology: ranks of the cluster.
+        planner: extent of the search by TorchRec's planner.
         batch_size: rows of data on each rank.
-        optimizer: fused, of all tables.
-        steps_left: of the training after the prune; not given: many.
-        table_fraction: of each group's tables, the rest is left out: for a quick look.
+        optimizer: fused optimizer of all tables.
+        steps_left: training steps remaining after the prune; None is treated as unlimited.
+        table_fraction: fraction of each group's tables to plan, for a quick look; the rest is left
+            out.
     """
 
     groups: dict[str, TableGroup]
@@ -181,7 +182,7 @@ class WhatIfConfig:
     def __post_init__(self) -> None:
         check_positive(self, "the what-if's", "batch_size", "table_fraction")
         if self.table_fraction > 1:
-            raise ValueError(f"table_fraction is {self.table_fraction}, it must be at most 1")
+            raise ValueError(f"table_fraction is {self.table_fraction}; it must be at most 1")
         if not self.groups:
             raise ValueError("groups is empty; a model needs at least one group of tables")
 
@@ -200,7 +201,7 @@ class WhatIfConfig:
         return sharders({"optimizer": _OPTIMIZERS[self.optimizer]})
 
     def build(self, dropped: Sequence[str] = ()) -> nn.Module:
-        """The tables on meta, without the dropped features and the tables that served only them."""
+        """The tables on meta, without dropped features and the tables that serve only them."""
         gone = set(dropped)
         tables = []
         for name, group in self.groups.items():
@@ -209,7 +210,7 @@ class WhatIfConfig:
                 if table.feature_names:
                     tables.append(table)
         if not tables:
-            raise ValueError("every feature is dropped, at least one must stay")
+            raise ValueError("every feature is dropped; at least one must be kept")
         collection = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
         return nn.ModuleDict({"embedding_bag_collection": collection})
 

@@ -1,4 +1,4 @@
-"""The `plan` verb: a config and what is to be dropped, planned without ranks and weights."""
+"""The `plan` verb: plans a config with features dropped, without ranks and weights."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from torchrec_fmp.training.job import table_sharders
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan.
+    """The config to plan, and the features to drop.
 
     Args:
         config: path of a what-if (it has `groups`) or of a run.
-        drop: names of features.
+        drop: names of features to drop.
         selection: path of a selection file.
-        keep_fraction: of each group's features, the first stay; for a what-if only.
-        overrides: of the config. A run has no ranks yet: `--topology.*` says which.
+        keep_fraction: fraction of each group's features to keep, the first ones; for a what-if
+            only.
+        overrides: overrides of the config. A run has no ranks yet; `--topology.*` defines them.
     """
 
     config: str
@@ -43,7 +44,7 @@ class Request:
 
 
 def run(request: Request) -> WhatIf:
-    """Plans before and after.
+    """Plans the model before and after the features are dropped.
 
     Raises:
         ConfigError: for a config that cannot be used.
@@ -63,7 +64,7 @@ def _run_what_if(request: Request) -> WhatIf:
     dropped = _dropped(request, [name for names in groups.values() for name in names])
     if request.keep_fraction is not None:
         if not 0 < request.keep_fraction <= 1:
-            raise ValueError(f"keep-fraction is {request.keep_fraction}, it must be in (0, 1]")
+            raise ValueError(f"keep-fraction is {request.keep_fraction}; it must be in (0, 1]")
         for names in groups.values():
             dropped += names[math.ceil(request.keep_fraction * len(names)) :]
     _check_dropped(dropped)
@@ -80,7 +81,9 @@ def _run_what_if(request: Request) -> WhatIf:
 
 def _run_job(request: Request) -> WhatIf:
     if request.keep_fraction is not None:
-        raise ValueError("keep-fraction is for a what-if; give a run a selection, or --drop")
+        raise ValueError(
+            "--keep-fraction is only for a what-if: for a run, give --selection or --drop"
+        )
     topology_overrides, others = _split(request.overrides)
     config, _ = load_config(request.config, others)
     schema, meta = config.data.schema, torch.device("meta")
@@ -123,7 +126,7 @@ def _check_dropped(dropped: Sequence[str]) -> None:
 
 
 def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides of the topology, which is no section of a run's config, and all others."""
+    """Overrides of the topology, which is not a section of a run's config, and all others."""
     topology: list[str] = []
     others: list[str] = []
     chosen = others

@@ -1,3 +1,3 @@
-"""Which features stay: scores, costs, policies, schedules, and the `Selection` itself."""
+"""Which features are kept: scores, costs, policies, schedules, and the `Selection` itself."""
 
 from __future__ import annotations

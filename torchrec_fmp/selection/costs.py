@@ -1,4 +1,4 @@
-"""What keeping features costs: the nouns; `planning` has the figures."""
+"""Types for the cost of keeping features; `planning` computes the figures."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 Unit = Literal["bytes", "hbm", "step_ms"]
-"""Bytes of weights, bytes of all that a table takes on a device, or milliseconds of a step."""
+"""Bytes of weights, all bytes that a table takes on a device, or milliseconds of a step."""
 
 BudgetUnit = Literal["features", "bytes", "hbm", "step_ms"]
-"""The same, or 1 for each feature."""
+"""A `Unit`, or 1 for each feature."""
 
 
 @dataclass(frozen=True)
 class TableCost:
-    """A cost that is paid once, as long as any of the features stays.
+    """A cost that is paid once, as long as any of the features is kept.
 
     Args:
-        features: of one table.
-        amount: at least 0, in the unit of the costs.
+        features: features of one table.
+        amount: cost, at least 0, in the unit of the costs.
     """
 
     features: tuple[str, ...]
@@ -28,7 +28,7 @@ class TableCost:
 
 
 def divided(costs: Iterable[TableCost]) -> dict[str, float]:
-    """Feature -> its equal part of each of its costs; the sum stays."""
+    """Feature -> its equal share of each of its costs; the sum does not change."""
     by_feature: dict[str, float] = defaultdict(float)
     for cost in costs:
         for feature in cost.features:

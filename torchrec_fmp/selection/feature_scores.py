@@ -1,4 +1,4 @@
-"""`FeatureScores`: what every scorer returns and every policy reads."""
+"""`FeatureScores`: the output of every scorer and the input of every policy."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torchrec_fmp.selection.costs import TableCost
 
 @dataclass(frozen=True)
 class FeatureScores:
-    """Importance of each feature, higher is better.
+    """Importance of each feature; higher is better.
 
     Args:
-        scores: feature -> importance, finite; the unit is the scorer's.
-        gates: feature -> test-time gate in [0, 1]; 1 where the scorer has none.
-        collections: fqn of an embedding collection -> its features. A policy keeps at least
-            one feature of each, because few models can do without a collection; a selection that
-            was edited may empty it.
-        table_costs: what tables cost, in the unit that the policy reads; `decide` sets them.
-        losses: number of best features left -> validation loss of each of some batches; set for
-            the policy that reads them.
-        confidence: feature -> how sure the decision on it is, in [0, 1], where the scorer says so;
-            see `StableDecision`.
+        scores: feature -> importance, finite, in the scorer's unit.
+        gates: feature -> test-time gate in [0, 1]; 1 if the scorer has none.
+        collections: fqn of an embedding collection -> its features. A policy keeps at least one
+            feature of each collection, because few models can do without a collection; an edited
+            selection may empty one.
+        table_costs: costs of the tables, in the unit that the policy reads; `decide` sets them.
+        losses: number of best features kept -> validation losses of several batches; set for a
+            policy that reads them.
+        confidence: feature -> confidence in its decision, in [0, 1], if the scorer has it; see
+            `StableDecision`.
 
     Raises:
         ValueError: if scores and gates name different features, or a number is out of range.
@@ -39,16 +39,20 @@ class FeatureScores:
     def __post_init__(self) -> None:
         if self.scores.keys() != self.gates.keys():
             different = sorted(self.scores.keys() ^ self.gates.keys())
-            raise ValueError(f"features with a score or a gate, but not both: {different}")
+            raise ValueError(
+                "every feature needs a score and a gate; these have one of the two, not both: "
+                f"{different}"
+            )
         for feature, score in self.scores.items():
             if not math.isfinite(score):
-                raise ValueError(f"the score of feature {feature!r} is {score}, not finite")
+                raise ValueError(f"the score of feature {feature!r} is {score}; it must be finite")
             if not 0 <= self.gates[feature] <= 1:
                 raise ValueError(
-                    f"the gate of feature {feature!r} is {self.gates[feature]}, not in [0, 1]"
+                    f"the gate of feature {feature!r} is {self.gates[feature]}; it must be in "
+                    "[0, 1]"
                 )
 
     @property
     def ranked(self) -> list[str]:
-        """The features from the best to the worst; ties in the model's order."""
+        """The features from best to worst; ties in the model's order."""
         return sorted(self.scores, key=lambda name: -self.scores[name])

@@ -1,4 +1,4 @@
-"""`Selection`: which features stay, with the reason. Plain data, JSON, editable by hand."""
+"""`Selection`: which features are kept, with reasons. Plain data, JSON, editable by hand."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torchrec_fmp import paths
 
 @dataclass(frozen=True)
 class FeatureDecision:
-    """What was decided for one feature.
+    """The decision for one feature.
 
     Args:
-        score: the scorer's importance.
-        gate: what a kept feature is scaled by from now on, in [0, 1]; 0 for a dropped one.
-        kept: whether it stays.
-        reason: why, in words.
-        confidence: in the decision, in [0, 1]; None where the scorer does not say.
+        score: importance, from the scorer.
+        gate: factor that scales a kept feature from now on, in [0, 1]; 0 for a dropped feature.
+        kept: whether the feature is kept.
+        reason: reason for the decision, in words.
+        confidence: confidence in the decision, in [0, 1]; None if the scorer does not have it.
     """
 
     score: float
@@ -31,14 +31,14 @@ class FeatureDecision:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gate <= 1:
-            raise ValueError(f"gate is {self.gate}, it must be in [0, 1]")
+            raise ValueError(f"gate is {self.gate}; it must be in [0, 1]")
         if self.kept != (self.gate > 0):
             raise ValueError(
-                f"kept is {self.kept} and gate is {self.gate}: "
-                "a kept feature needs a gate above 0 and a dropped one the gate 0"
+                f"kept is {self.kept} and gate is {self.gate}; "
+                "a kept feature needs a gate above 0, and a dropped feature needs gate 0"
             )
         if self.confidence is not None and not 0 <= self.confidence <= 1:
-            raise ValueError(f"confidence is {self.confidence}, it must be in [0, 1]")
+            raise ValueError(f"confidence is {self.confidence}; it must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Selection:
 
     @property
     def gates(self) -> dict[str, float]:
-        """Feature -> gate, 0 for the dropped ones."""
+        """Feature -> gate; 0 for dropped features."""
         return {name: decision.gate for name, decision in self.features.items()}
 
     @staticmethod
     def dropping(names: Iterable[str], reason: str = "named") -> Selection:
-        """Drops these features; others, which must have no gates, are not touched.
+        """A selection that drops these features; others, which must have no gates, are unchanged.
 
-        For a model without gates, whose features to drop are known from elsewhere.
+        For a model without gates, when the features to drop are known from another source.
         """
         return Selection({name: FeatureDecision(0.0, 0.0, False, reason) for name in names})
 
@@ -74,14 +74,14 @@ class Selection:
 
     @staticmethod
     def of(content: Mapping[str, Mapping[str, Any]], source: str = "selection") -> Selection:
-        """The selection that `describe` gave, possibly edited.
+        """Reads the output of `describe`, possibly edited.
 
         Args:
             content: plain data.
             source: file name for error messages.
 
         Raises:
-            ValueError: if a decision is not one; names the source and the feature.
+            ValueError: if a decision is invalid; the message names the source and the feature.
         """
         features = {}
         for name, decision in content.items():
@@ -97,14 +97,14 @@ class Selection:
 
     @staticmethod
     def from_json(text: str, source: str = "selection") -> Selection:
-        """Reads what `to_json` wrote, possibly edited.
+        """Reads the output of `to_json`, possibly edited.
 
         Args:
             text: JSON.
             source: file name for error messages.
 
         Raises:
-            ValueError: if it is not a selection; names the source and the feature.
+            ValueError: if `text` is not a selection; the message names the source and the feature.
         """
         try:
             content = json.loads(text, object_pairs_hook=_unique)
@@ -124,19 +124,19 @@ class Selection:
         """Reads a selection file.
 
         Raises:
-            FileNotFoundError: if there is none.
-            ValueError: if it is not a selection.
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a selection.
         """
         with paths.open_path(path) as file:
             return Selection.from_json(file.read(), source=path)
 
     def digest(self) -> str:
-        """Equal for equal selections, on any rank and machine."""
+        """A hash that is equal for equal selections, on any rank and machine."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which hands that copy a line easily leave a name twice."""
+    """Builds a JSON object; refuses duplicate names, which copying a line by hand easily leaves."""
     content = dict(members)
     if len(content) < len(members):
         names = [name for name, _ in members]

@@ -160,7 +160,7 @@ def test_an_amount_is_in_the_unit_of_the_costs(unit: Any, amount: str, kept: lis
         ("bytes", "-1GiB", "'-1GiB'"),
         ("step_ms", "3s", "followed by ms"),
         ("features", "16", r"features to keep are '16': give a share of the total in \(0, 1\]$"),
-        ("bytes", 0.0, r"share of the cost to keep is 0.0, it must be in \(0, 1\]"),
+        ("bytes", 0.0, r"share of the cost to keep is 0.0; it must be in \(0, 1\]"),
         ("bytes", 1.5, "is 1.5"),
         ("bytes", math.nan, "is nan"),
         ("ms", 0.5, "unit is 'ms'; the units are features, bytes, hbm, step_ms"),

@@ -42,5 +42,5 @@ def test_a_kept_feature_whose_gate_is_closed_is_opened() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan")])
 def test_a_fraction_out_of_range_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=rf"keep is {fraction}, not in \(0, 1\]"):
+    with pytest.raises(ValueError, match=rf"keep is {fraction}; it must be in \(0, 1\]"):
         TopFraction(fraction)

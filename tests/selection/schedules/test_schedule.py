@@ -167,5 +167,5 @@ def test_gradual_prunes_keep_the_same_share_each_time_and_the_requested_share_in
 
 @pytest.mark.parametrize("prunes", [0, -1])
 def test_a_schedule_without_prunes_is_refused(prunes: int) -> None:
-    with pytest.raises(ValueError, match=f"number of prunes is {prunes}, it must be at least 1"):
+    with pytest.raises(ValueError, match=f"number of prunes is {prunes}; it must be at least 1"):
         Gradual(prunes)

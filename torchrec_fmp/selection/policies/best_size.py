@@ -1,4 +1,4 @@
-"""Keep as few features as the validation loss allows: the size is found, not asked for."""
+"""Keep as few features as the validation loss allows: the size is found, not given."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torchrec_fmp.selection.selection import Selection
 
 
 class BestSize(Policy):
-    """Keeps the smallest number of best features whose validation loss is no worse than the best's.
+    """Keeps the smallest number of best features whose validation loss is no worse than the best.
 
-    No worse is: the mean paired difference over validation batches is at most `standard_errors` of
-    its standard error, the one-standard-error rule of Breiman et al. 1984, "Classification and
-    Regression Trees", section 3.4.3, for paired batches. The losses are those of the scored model
-    before it is trained any further, so a choice errs towards keeping.
+    A loss is no worse if its mean paired difference over validation batches is at most
+    `standard_errors` times the standard error: the one-standard-error rule of Breiman et al. 1984,
+    "Classification and Regression Trees", section 3.4.3, for paired batches. The losses are
+    measured on the scored model before any further training, so the choice errs towards keeping
+    features.
 
     Args:
-        standard_errors: how much worse is no worse; 0 takes the best size itself.
-        batches: of validation rows, on each rank; each is read for some 20 sizes.
+        standard_errors: number of standard errors that counts as no worse; 0 keeps the best size.
+        batches: number of validation batches on each rank; each is read for about 20 sizes.
 
     Raises:
         ValueError: if `standard_errors` is negative or there are fewer than two batches.
@@ -29,14 +30,14 @@ class BestSize(Policy):
 
     def __init__(self, standard_errors: float = 1.0, batches: int = 50) -> None:
         if not standard_errors >= 0:
-            raise ValueError(f"standard_errors is {standard_errors}, it must be at least 0")
+            raise ValueError(f"standard_errors is {standard_errors}; it must be at least 0")
         if batches < 2:
-            raise ValueError(f"batches is {batches}, and a standard error needs at least 2")
+            raise ValueError(f"batches is {batches}; it must be at least 2, for a standard error")
         self.standard_errors = standard_errors
         self.batches = batches
 
     def select(self, scores: FeatureScores) -> Selection:
-        """The decisions.
+        """Decides from the validation losses.
 
         Raises:
             ValueError: if the scores have no validation losses.
@@ -51,11 +52,12 @@ class BestSize(Policy):
 
 
 def smallest_size(losses: Mapping[int, Sequence[float]], standard_errors: float) -> int:
-    """The smallest size that is no worse than the one of the least mean loss.
+    """The smallest size that is no worse than the size with the lowest mean loss.
 
     Args:
         losses: size -> losses of the same two or more batches.
-        standard_errors: of the mean paired difference, that count as no worse.
+        standard_errors: number of standard errors of the mean paired difference that counts as no
+            worse.
     """
     best = min(losses, key=lambda size: statistics.fmean(losses[size]))
 

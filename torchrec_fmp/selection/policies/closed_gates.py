@@ -1,4 +1,4 @@
-"""Drop what has closed: the size is found, not asked for."""
+"""Drop the features whose gates have closed: the size is found, not given."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchrec_fmp.selection.selection import Selection
 class ClosedGates(Policy):
     """Drops the features whose test-time gate is at most a threshold.
 
-    At 0.5 that is log_alpha <= 0: the penalty's price has won against what the feature is worth,
-    though there was no time to close the gate altogether (docs/method.md). At 0 it is
-    log_alpha <= log(-gamma / zeta), -2.398 for the paper's values, and dropping changes nothing
+    A threshold of 0.5 means log_alpha <= 0: the penalty's price exceeds the feature's worth, though
+    there was no time to close the gate completely (docs/method.md). A threshold of 0 means
+    log_alpha <= log(-gamma / zeta), -2.398 for the paper's values; dropping then changes nothing
     that the gated model computes in evaluation.
 
     Args:
-        threshold: in [0, 1).
+        threshold: largest gate of a dropped feature, in [0, 1).
 
     Raises:
         ValueError: if the threshold is out of range.
@@ -24,7 +24,7 @@ class ClosedGates(Policy):
 
     def __init__(self, threshold: float = 0.5) -> None:
         if not 0 <= threshold < 1:
-            raise ValueError(f"the threshold of closed gates is {threshold}, not in [0, 1)")
+            raise ValueError(f"the threshold of closed gates is {threshold}; it must be in [0, 1)")
         self.threshold = threshold
 
     def select(self, scores: FeatureScores) -> Selection:

@@ -1,4 +1,4 @@
-"""Replay a selection from a file, edited by hand or not."""
+"""Replay a selection from a file, possibly edited by hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ class FromFile(Policy):
     """Takes the decisions of a `selection.json`.
 
     Args:
-        path: the file, read at once: before a job starts, not when it has pretrained.
+        path: file to read, at once: before a job starts, not after it has pretrained.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a selection.
+        ValueError: if the file is not a selection.
     """
 
     def __init__(self, path: str) -> None:
@@ -26,7 +26,7 @@ class FromFile(Policy):
         """The file's decisions, in the model's order.
 
         Raises:
-            ValueError: if it decides on other features than the model has.
+            ValueError: if the file's features differ from the model's.
         """
         selection = self._selection
         missing = [name for name in scores.scores if name not in selection.features]

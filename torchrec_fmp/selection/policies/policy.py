@@ -12,9 +12,9 @@ from torchrec_fmp.selection.selection import FeatureDecision, Selection
 
 
 class Policy(abc.ABC):
-    """Decides which features stay.
+    """Decides which features are kept.
 
-    A policy that reads `scores.table_costs` says in `cost_unit` which ones.
+    A policy that reads `scores.table_costs` names their unit in `cost_unit`.
     """
 
     cost_unit: Unit | None = None
@@ -30,9 +30,9 @@ def decide(
     """Applies the policy, and keeps the best feature of a collection that would become empty.
 
     Args:
-        scores: of all features.
-        policy: decides.
-        costs: in the policy's `cost_unit`, as `table_costs` gives them; by default the scores' own.
+        scores: scores of all features.
+        policy: policy to apply.
+        costs: costs in the policy's `cost_unit`, from `table_costs`; by default those in `scores`.
     """
     if costs is not None:
         scores = replace(scores, table_costs=tuple(costs))
@@ -52,7 +52,7 @@ def decide(
 
 
 def keep_best(scores: FeatureScores, count: int, why: str) -> Selection:
-    """Keeps that many of the best features, by score; ties by order. `why` ends the reasons."""
+    """Keeps the `count` best features by score, ties by order; each reason ends with `why`."""
     ranked = scores.ranked
     ranks = {name: rank for rank, name in enumerate(ranked, start=1)}
     return Selection(
@@ -66,7 +66,7 @@ def keep_best(scores: FeatureScores, count: int, why: str) -> Selection:
 
 
 def keep(scores: FeatureScores, feature: str, reason: str) -> FeatureDecision:
-    """Keeps a feature at its gate, or fully open where its gate is 0."""
+    """Keeps a feature at its gate, or fully open if its gate is 0."""
     gate = scores.gates[feature] or 1.0
     confidence = scores.confidence.get(feature)
     return FeatureDecision(scores.scores[feature], gate, True, reason, confidence)

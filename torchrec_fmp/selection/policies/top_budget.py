@@ -13,7 +13,7 @@ from torchrec_fmp.selection.policies.policy import Policy, drop, keep
 from torchrec_fmp.selection.selection import Selection
 
 _BYTES = {"B": 1.0, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30, "TiB": 2.0**40}
-# Unit of the costs -> suffix of an amount -> what it stands for.
+# Unit of the costs -> suffix of an amount -> its factor.
 _SUFFIXES: dict[str, dict[str, float]] = {
     "features": {},
     "bytes": _BYTES,
@@ -23,28 +23,31 @@ _SUFFIXES: dict[str, dict[str, float]] = {
 
 
 class TopBudget(Policy):
-    """Takes features from the best to the first that the budget does not pay for.
+    """Keeps features, best first, until the budget does not pay for the next one.
 
-    A table that several features share is paid once. Behind the first feature that does not fit,
-    only what costs nothing more stays, if its gate is not closed: dense columns, unless the unit is
-    `features`, and features of tables that are paid already. So a larger budget always keeps all
-    that a smaller one does, and the budget is never exceeded, except by the best feature, which
-    always stays, and by the best of a collection that would be empty (see `decide`).
+    A table that several features share is paid for once. After the first feature that does not fit,
+    only features that add no cost are kept, if their gate is not closed: dense columns, unless the
+    unit is `features`, and features of tables that are already paid for. So a larger budget always
+    keeps every feature that a smaller one keeps. The budget is never exceeded, except by the best
+    feature, which is always kept, and by the best feature of a collection that would be empty (see
+    `decide`).
 
-    The order is a choice. By `score`, the order of importance, one large table near the front can
-    end it early; it suits scores that know the costs, such as gates trained with a `TargetPenalty`
-    in the same unit. By `score_per_cost`, the greedy order of the knapsack problem (Dantzig 1957,
-    "Discrete-variable extremum problems"), large tables come late unless they are worth it. It
-    needs scores on a ratio scale; those that are not positive come last, by score.
+    The order is a choice. `score` is the order of importance. One large table near the front can
+    end the selection early. This order suits scores that reflect the costs, such as gates trained
+    with a `TargetPenalty` in the same unit. `score_per_cost` is the greedy order of the knapsack
+    problem (Dantzig 1957, "Discrete-variable extremum problems"). Large tables come late unless
+    they are worth it. This order needs scores on a ratio scale; scores that are not positive come
+    last, by score.
 
     Args:
         keep: share of the total cost, in (0, 1], or an amount: `40GiB`, `3.5ms`.
-        unit: `features` counts sparse and dense ones; the others are those of `costs`.
-        order: in which features are taken; ties by the model's order.
+        unit: unit of the budget: `features`, which counts sparse and dense features, or a unit of
+            `torchrec_fmp.costs`.
+        order: order in which features are taken; ties by the model's order.
 
     Raises:
-        ValueError: if `keep` is neither such a share nor an amount of the unit, or for an unknown
-            unit or order.
+        ValueError: if `keep` is neither such a share nor an amount of the unit, or the unit or the
+            order is unknown.
     """
 
     def __init__(
@@ -60,7 +63,7 @@ class TopBudget(Policy):
         if isinstance(keep, str):
             _parse_amount(keep, unit)
         elif not 0 < keep <= 1:
-            raise ValueError(f"the share of the cost to keep is {keep}, it must be in (0, 1]")
+            raise ValueError(f"the share of the cost to keep is {keep}; it must be in (0, 1]")
         self.keep = keep
         self.unit = unit
         self.order = order
@@ -70,8 +73,8 @@ class TopBudget(Policy):
         """A decision for every feature, in the scores' order.
 
         Raises:
-            ValueError: if `scores` has no costs and the unit is not `features`, or costs of
-                features that have no score.
+            ValueError: if `scores` has no costs and the unit is not `features`, or has costs of
+                features without a score.
         """
         costs = self._costs(scores)
         parts: dict[str, set[int]] = {name: set() for name in scores.scores}
@@ -112,17 +115,17 @@ class TopBudget(Policy):
             return [TableCost((name,), 1.0) for name in scores.scores]
         if not scores.table_costs:
             raise ValueError(
-                f"TopBudget needs costs in {self.unit}: decide(scores, policy, "
+                f"TopBudget needs costs in {self.unit}: use decide(scores, policy, "
                 f"costs=table_costs(model, topology, {self.unit!r}))"
             )
         priced = {name for cost in scores.table_costs for name in cost.features}
         unknown = sorted(priced - scores.scores.keys())
         if unknown:
-            raise ValueError(f"there are costs of features that have no score: {unknown}")
+            raise ValueError(f"the costs include features that have no score: {unknown}")
         return scores.table_costs
 
     def _ranked(self, scores: FeatureScores, costs: Sequence[TableCost]) -> list[str]:
-        """Features, the first to be taken first."""
+        """Features in the order in which they are taken."""
         if self.order == "score":
             return scores.ranked
         prices = divided(costs)

@@ -1,4 +1,4 @@
-"""Keep a share of the features, the best ones."""
+"""Keep a share of the features: the best ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ class TopFraction(Policy):
 
     def __init__(self, fraction: float) -> None:
         if not 0 < fraction <= 1:
-            raise ValueError(f"the fraction of features to keep is {fraction}, not in (0, 1]")
+            raise ValueError(
+                f"the fraction of features to keep is {fraction}; it must be in (0, 1]"
+            )
         self.fraction = fraction
 
     def select(self, scores: FeatureScores) -> Selection:

@@ -1,4 +1,4 @@
-"""One prune, behind all of pretraining."""
+"""One prune, after all of pretraining."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torchrec_fmp.selection.schedules.schedule import Schedule
 
 
 class OneShot(Schedule):
-    """Prunes once, by all rows of pretraining."""
+    """Prunes once, with scores from all pretraining rows."""
 
     def share(self, prune: int, keep: float) -> float:
         return keep

@@ -12,29 +12,29 @@ from torchrec_fmp.selection.feature_scores import FeatureScores
 from torchrec_fmp.selection.policies.policy import Policy, decide, drop, keep
 from torchrec_fmp.selection.selection import Selection
 
-# A share is raised to powers: 9 features may come out as 9.000000000000002.
+# Shares are powers, so 9 features may come out as 9.000000000000002.
 _ROUNDING = 1e-9
 
 
 class Schedule(abc.ABC):
-    """How many prunes there are, and how much each of them leaves."""
+    """The number of prunes, and the share of features that each of them keeps."""
 
     prunes: int = 1
 
     @abc.abstractmethod
     def share(self, prune: int, keep: float) -> float:
-        """The share of all that a prune leaves.
+        """The share of all features that a prune keeps.
 
         Args:
-            prune: its number, from 1 to `prunes`.
-            keep: share that the last one leaves, in (0, 1].
+            prune: number of the prune, from 1 to `prunes`.
+            keep: share that the last prune keeps, in (0, 1].
 
         Returns:
-            At least `keep`, not more than the prune before leaves; `keep` for the last one.
+            At least `keep`, at most the share of the previous prune; `keep` for the last prune.
         """
 
     def is_last(self, prune: int) -> bool:
-        """Whether the policy alone decides, and nothing is pruned again."""
+        """Whether this is the last prune, which the policy alone decides."""
         return prune == self.prunes
 
 
@@ -47,24 +47,23 @@ def decide_prune(
     earlier: Selection | None = None,
     costs: Sequence[TableCost] | None = None,
 ) -> Selection:
-    """Decides for one prune of a schedule, over all features that the first model had.
+    """Decides for one prune of a schedule, over all features of the full model.
 
-    The policy is asked what it would keep if this were the last prune. It sees what is gone with
-    its gate closed and a score below every other, so that a share means that of the first model. A
-    prune that is not the last keeps what the policy keeps and the best of the rest, as many as the
-    schedule says, with gates closed altogether opened again. What is gone stays gone, with the
-    decision that it went by.
+    The policy decides as if this were the last prune. It sees dropped features with a closed gate
+    and a score below every other, so that shares refer to the full model. A prune before the last
+    keeps the policy's features and the best of the rest, as many as the schedule says; fully closed
+    gates among them open again. Dropped features stay dropped, with their earlier decision.
 
     Args:
-        scores: of the features that are left.
-        policy: decides.
-        schedule: of the prunes.
-        prune: its number, from 1.
-        earlier: the decisions of the prune before; None at the first.
-        costs: of the first model, in the policy's `cost_unit`; None where it has none.
+        scores: scores of the remaining features.
+        policy: policy to apply.
+        schedule: schedule of the prunes.
+        prune: number of the prune, from 1.
+        earlier: decisions of the previous prune; None for the first.
+        costs: costs in the full model, in the policy's `cost_unit`; None if it has no unit.
 
     Raises:
-        ValueError: if the policy cannot decide by the scores or the costs.
+        ValueError: if the policy cannot decide from the scores or the costs.
     """
     gone = {} if earlier is None else {n: d for n, d in earlier.features.items() if not d.kept}
     order = list(scores.scores) if earlier is None else list(earlier.features)
@@ -82,7 +81,7 @@ def decide_prune(
 
 
 def _with_gone(scores: FeatureScores, order: Sequence[str]) -> FeatureScores:
-    """The scores of all features in `order`; not positive for what is gone, also for ratios."""
+    """The scores of all features in `order`; dropped ones score below 0, also for ratios."""
     lowest = math.nextafter(min(0.0, *scores.scores.values()), -math.inf)
     return replace(
         scores,
