@@ -86,7 +86,7 @@ def test_auto_keeps_the_plan_if_moving_would_change_a_tables_optimizer() -> None
     assert stayed.plan.plan["bags"]["t_d"].sharding_type == "data_parallel"  # type: ignore[index]
     assert stayed.comparison is not None
     assert stayed.comparison.decision == "sticky"
-    assert stayed.comparison.reason.endswith("t_d of bags to the fused one")
+    assert stayed.comparison.reason.endswith("t_d of bags to the fused optimizer")
     # The user can then ask for the planner's plan.
     assert taken.after is not None
     assert stayed.comparison.planner_step_ms == taken.after.step_ms
@@ -107,4 +107,4 @@ def test_a_dense_kernel_belongs_to_the_dense_optimizer_for_any_sharding() -> Non
     module_plan["t_bc"] = dataclasses.replace(bc, compute_kernel="dense")  # type: ignore[index]
     stayed = chosen(planner(topology(), constraints(TABLE_WISE)), "auto", old)
     assert stayed.comparison is not None
-    assert stayed.comparison.reason.endswith("t_bc of bags to the fused one")
+    assert stayed.comparison.reason.endswith("t_bc of bags to the fused optimizer")

@@ -133,7 +133,7 @@ def test_an_optimizer_with_unknown_states_is_refused_and_names_its_table() -> No
     with pytest.raises(ValueError, match="table t_a of bags has the optimizer AdamW, whose states"):
         _ = _table_with(torch.optim.AdamW).bytes_per_row
     given = fmp_sharders({"optimizer": EmbOptimType.ENSEMBLE_ROWWISE_ADAGRAD})
-    with pytest.raises(ValueError, match="table t_a of bags has the optimizer .*; known are"):
+    with pytest.raises(ValueError, match="table t_a of bags has the optimizer .*; use one of"):
         _ = shardable_tables(Model(), given)[0].bytes_per_row
 
 

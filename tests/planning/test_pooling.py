@@ -143,7 +143,7 @@ def test_a_plan_that_pools_differently_is_refused_before_anything_moves(
 ) -> None:
     by_table, mixed = ("table_wise", "table_wise"), ("row_wise", "table_wise")
     for error in ranks_2.run(refused, by_table, mixed):
-        assert "t_SUM of ebc was a sum, would be a sum over length" in error
+        assert "t_SUM of ebc was a sum, would be a sum divided by length" in error
         assert "t_MEAN" not in error
     assert ranks_2.run(refused, by_table, ("column_wise", "table_wise")) == ["", ""]
     assert ranks_2.run(refused, by_table, ("column_wise", "row_wise")) == ["", ""]

@@ -81,7 +81,7 @@ def test_arguments_that_differ_between_ranks_are_refused_on_all(
     ranks_2: ProcessGroup, what: str
 ) -> None:
     for error, afterwards in ranks_2.run(with_different, what):
-        assert error.startswith("RuntimeError: an argument beside the batch")
+        assert error.startswith("RuntimeError: an argument other than the batch")
         assert "ranks [1] disagree with rank 0" in error
         assert afterwards == NOTHING
 

@@ -63,7 +63,9 @@ def test_a_non_finite_old_output_gives_nan_instead_of_a_difference(value: float)
 
 
 def test_outputs_of_different_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"old model returns \[\(2,\)\], the pruned .*\(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"old model returns shapes \[\(2,\)\], but the pruned .*\(3,\)"
+    ):
         difference(Answers(1.0, 2.0), Answers(1.0, 2.0, 3.0))
 
 

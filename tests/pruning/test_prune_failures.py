@@ -262,10 +262,12 @@ def test_a_module_without_a_rule_that_reads_changed_features_is_refused(
     ranks: ProcessGroup,
 ) -> None:
     for error in ranks.run(tower_pruned, {"a": 0.0}):
-        assert "TypeError: the model is a TwoTower that reads the features ['a']" in error
+        assert "TypeError: the model is a TwoTower that reads the dropped features ['a']" in error
         assert "@torchrec_fmp.cut_rule(TwoTower)" in error
     for error in ranks.run(tower_pruned, {"a": 0.0, "b": 0.0}):
-        assert "TypeError: the model is a TwoTower that reads the features ['a', 'b']" in error
+        assert (
+            "TypeError: the model is a TwoTower that reads the dropped features ['a', 'b']" in error
+        )
     for error in ranks.run(tower_pruned, {"a": 0.5}):
         assert "TypeError: the model is a TwoTower that reads ['a'], whose gates" in error
     # Gates that agree fold into the rows, which needs no rule.

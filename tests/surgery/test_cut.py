@@ -141,14 +141,14 @@ def test_a_rule_applies_to_exactly_its_type() -> None:
     taken = blueprint(model)
     with pytest.raises(TypeError) as error:
         cut(taken, USUAL)
-    assert "model.sparse_arch is a SparseArch that reads the features ['a', 'c']" in str(
+    assert "model.sparse_arch is a SparseArch that reads the dropped features ['a', 'c']" in str(
         error.value
     )
     assert "register one with @torchrec_fmp.cut_rule" in str(error.value)
 
 
 def test_a_second_rule_for_a_type_is_refused() -> None:
-    with pytest.raises(ValueError, match="there is a cut rule for DLRM already"):
+    with pytest.raises(ValueError, match="DLRM already has a cut rule"):
 
         @cut_rule(DLRM)
         def again(model: DLRM, fqn: str, cutter: Cutter) -> None:

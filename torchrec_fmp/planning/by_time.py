@@ -1,9 +1,9 @@
-"""An enumerator and a proposer for TorchRec's planner that make few estimates and few proposals.
+"""An enumerator and a proposer for TorchRec's planner, with few estimates and few proposals.
 
-TorchRec's own estimate every shard of every sharding type of every table before the first plan: for
-1,000 tables on 1,024 ranks a million shards, and so many minutes. Here, shards of equal size are
-estimated once, and so are tables that are alike; and each proposal is what a limit on the time of a
-shard makes of the model. Estimates, partitions and ratings are TorchRec's.
+TorchRec's own estimate every shard of every sharding type of every table before the first plan: a
+million shards for 1,000 tables on 1,024 ranks, which takes many minutes. Here, shards of equal size
+are estimated once, and so are tables that are alike. Each proposal follows from a limit on the time
+of a shard. Estimates, partitions and ratings are TorchRec's.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _BY_COLUMNS = (
     ShardingType.TABLE_COLUMN_WISE.value,
     ShardingType.GRID_SHARD.value,
 )
-# TorchRec's `TableWiseEvaluator` prices the lookups of narrower shards as if they had as many.
+# TorchRec's `TableWiseEvaluator` prices lookups of narrower shards as if they were this wide.
 _LEAST_COLUMNS = 32
 _PROPOSALS = 4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to shard a table, as TorchRec estimates it.
+    """One way to shard a table, with TorchRec's estimates.
 
     Args:
         sharding_type: TorchRec's name.
-        columns: of a shard; None if the type does not split them.
-        shard_ms: of the slowest shard, forward and backward.
-        table_ms: of all shards, added up.
-        shard_bytes: of the largest shard, in the device's memory: weights, optimizer state, inputs
-            and outputs.
-        by_size: size -> an estimated shard.
+        columns: columns of a shard; None if the type does not split columns.
+        shard_ms: time of the slowest shard, forward and backward.
+        table_ms: time of all shards, added up.
+        shard_bytes: bytes of the largest shard in the device's memory: weights, optimizer state,
+            inputs and outputs.
+        by_size: size -> estimated shard of that size.
     """
 
     sharding_type: str
@@ -60,16 +60,16 @@ class Candidate:
 
 
 class ByTimeEnumerator(Enumerator):
-    """Finds proposals, and gives the sharding options in them; all have the fused kernel.
+    """Finds proposals and returns their sharding options, all with the fused kernel.
 
     Args:
-        topology: the ranks.
-        batch_size: on one rank.
-        constraints: of every table; nothing but their pooling factors.
-        sharding_types: to choose from; TorchRec's names. Columns are split into halves, quarters,
-            and so on.
-        shard_bytes: that a shard should not exceed in its device's memory. Where no way to shard a
-            table keeps to it, that with the smallest shards is taken.
+        topology: topology of the ranks.
+        batch_size: batch size on one rank.
+        constraints: constraints of every table; only their pooling factors are used.
+        sharding_types: TorchRec's names of the types to choose from. Columns are split into halves,
+            quarters, and so on.
+        shard_bytes: limit on the bytes of a shard in its device's memory. If every way to shard a
+            table exceeds the limit, the way with the smallest shards is taken.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class ByTimeEnumerator(Enumerator):
     def enumerate(
         self, module: nn.Module, sharders: list[ModuleSharder[Any]]
     ) -> list[ShardingOption]:
-        """As TorchRec's planner calls it.
+        """Returns the sharding options of all proposals; called by TorchRec's planner.
 
         Raises:
-            ValueError: if the sharder of a table has none of the sharding types on the device.
+            ValueError: if a table's sharder offers none of the sharding types on the device.
         """
         self._sharders = sharders
         tables = {(table.path, table.name): table for table in shardable_tables(module, sharders)}
@@ -123,14 +123,14 @@ class ByTimeEnumerator(Enumerator):
         return list(options.values())
 
     def populate_estimates(self, sharding_options: list[ShardingOption]) -> None:
-        """As some of TorchRec's proposers call it."""
+        """Estimates the options; called by some of TorchRec's proposers."""
         populate(sharding_options, self._topology, self._sharders, self._constraints)
 
     def candidates(self, table: ShardableTable) -> list[Candidate]:
         """Every way to shard a table, in the order of the sharding types.
 
         Raises:
-            ValueError: if its sharder has none of the sharding types on the device.
+            ValueError: if the table's sharder offers none of the sharding types on the device.
         """
         device = self._topology.compute_device
         sharder = next(s for s in self._sharders if s.module_type is type(table.module))
@@ -143,7 +143,7 @@ class ByTimeEnumerator(Enumerator):
         if not usable:
             raise ValueError(
                 f"table {table.name} cannot be sharded by any of {list(self._sharding_types)} on "
-                f"{device}: with the {_KERNEL} kernel its sharder offers {offered}"
+                f"{device}: choose from {offered}, which its sharder offers with kernel {_KERNEL}"
             )
         return [
             self._estimated(table, sharding_type, columns)
@@ -199,7 +199,7 @@ class ByTimeEnumerator(Enumerator):
 
 
 class ByTimeProposer(Proposer):
-    """Proposes what a `ByTimeEnumerator` found, one after the other."""
+    """Makes the proposals that a `ByTimeEnumerator` found, one after the other."""
 
     def __init__(self) -> None:
         self._waiting: list[list[ShardingOption]] = []
@@ -228,14 +228,14 @@ def choices(
 ) -> list[dict[Any, Candidate]]:
     """Table -> candidate, for each of a few limits on the time of a shard.
 
-    Splitting a table makes its shards faster and their sum slower. Within a limit each table takes
-    the candidate whose shards add up to the least. Then no rank of a greedy partition takes longer
-    than the mean rank and the slowest shard together (Graham, 1966, Bounds for certain
-    multiprocessing anomalies). The lowest limit is the one for which that is least. Greedy does
-    better than its bound with more of the tables whole, so higher ones follow, up to the mean rank.
+    Splitting a table makes its shards faster and their sum slower. Within a limit, each table takes
+    the candidate with the least total time. Then no rank of a greedy partition takes longer than
+    the mean rank plus the slowest shard (Graham, 1966, Bounds for certain multiprocessing
+    anomalies). The lowest limit minimizes this bound. A greedy partition beats its bound when more
+    tables are whole, so higher limits follow, up to the time of the mean rank.
 
     Args:
-        allowed: table -> its candidates, at least one.
+        allowed: table -> its candidates, at least one per table.
         world_size: number of ranks.
     """
     lowest, mean_ms, least = 0.0, 0.0, float("inf")
@@ -265,7 +265,7 @@ def _within(limit: float, found: Sequence[Candidate]) -> Candidate:
 
 
 def _columns(columns: int, sharding_type: str) -> Iterator[int | None]:
-    """Of a shard: all, half, a quarter, and so on, where the type splits them."""
+    """Columns of a shard: all, half, a quarter, and so on, where the type splits them."""
     if sharding_type not in _BY_COLUMNS:
         yield None
         return

@@ -1,4 +1,4 @@
-"""The new plan of a prune: the planner's, the old one without what is gone, or the better."""
+"""Chooses a prune's new plan: the planner's, the old one without dropped tables, or the better."""
 
 from __future__ import annotations
 
@@ -35,30 +35,31 @@ from torchrec_fmp.planning.replan import (
     sticky_plan,
 )
 
-_OPTIMIZERS = {True: "dense one", False: "fused one"}
+_OPTIMIZERS = {True: "dense optimizer", False: "fused optimizer"}
 
 LinkBytes = Callable[[ShardingPlan], NDArray[np.int64]]
 
 
 class Planner(Protocol):
-    """What `prune` needs of a planner; TorchRec's `EmbeddingShardingPlanner` is one."""
+    """Planner interface that `prune` needs; TorchRec's `EmbeddingShardingPlanner` has it."""
 
     def plan(self, module: nn.Module, sharders: list[ModuleSharder[Any]]) -> ShardingPlan:
-        """A plan for the module; called on rank 0."""
+        """Returns a plan for the module; called on rank 0."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A plan, and what it is expected to cost.
+    """A plan and its expected cost.
 
-    The estimates are those of TorchRec's `EmbeddingShardingPlanner`, and None for another planner.
+    The estimates come from TorchRec's `EmbeddingShardingPlanner`; with another planner they are
+    None.
 
     Args:
-        plan: for the smaller model.
-        before: what the old plan takes of every rank.
-        after: what the new one takes.
-        comparison: of staying and moving, where there was a choice.
-        fits: whether old and new tables fit on every rank side by side.
+        plan: plan for the smaller model.
+        before: estimated cost of the old plan on every rank.
+        after: estimated cost of the new plan.
+        comparison: comparison of staying and moving, where there was a choice.
+        fits: whether the old and new tables fit side by side on every rank.
     """
 
     plan: ShardingPlan
@@ -70,14 +71,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What is to be planned, and by what the plan is chosen.
+    """The model to plan, and the data for choosing its plan.
 
     Args:
-        old: the model before, as its blueprint.
-        smaller: the model after, not sharded, on meta.
-        sharders: of the model.
-        link_bytes: plan -> bytes from rank to rank, (W, W) int64.
-        world_size: number of ranks of the model's process group, W.
+        old: model before the prune, as its blueprint, and its plan.
+        smaller: model after the prune, unsharded, on meta.
+        sharders: sharders of the model.
+        link_bytes: function from a plan to (W, W) int64 bytes from rank to rank.
+        world_size: number of ranks W in the model's process group.
         steps_left: training steps remaining; None is treated as unlimited.
         chunk_bytes: bytes in transit on each rank.
     """
@@ -95,19 +96,20 @@ def choose_plan(planner: Planner, replan: Replan, request: PlanRequest) -> Choic
     """Plans the smaller model.
 
     Args:
-        planner: the user's; not changed. Its constraints of tables that are gone are left out.
-        replan: `planner` takes its plan, `sticky` leaves the tables that survive where they are,
-            `auto` compares the two by TorchRec's estimates; with a planner that makes none, it
-            takes the planner's plan. Where TorchRec's plan would bring a table from the fused to
-            the dense optimizer or back, as data_parallel does, `auto` stays: the two may keep
-            different states, or rates. `planner` takes such a plan as it is.
-        request: what to plan.
+        planner: user's planner; not changed. Its constraints for dropped tables are left out.
+        replan: `planner` takes the planner's plan, `sticky` leaves surviving tables where they are,
+            `auto` compares the two by TorchRec's estimates. If the planner makes no estimates,
+            `auto` takes the planner's plan. If TorchRec's plan would move a table between the fused
+            and the dense optimizer, as data_parallel does, `auto` stays, because the two may keep
+            different states or rates; `planner` takes such a plan unchanged.
+        request: model to plan.
 
     Raises:
-        PlannerError: if the planner is asked and finds no plan, and `replan` is not `auto`.
-        PoolingChangedError: if TorchRec would pool a table that survives in another way.
+        PlannerError: if the planner finds no plan, and the tables cannot stay where they are
+            either: `replan` is `planner`, or `auto` cannot compare or may not stay.
+        PoolingChangedError: if TorchRec would pool a surviving table differently.
         ValueError: if the planner is for another number of ranks, or its plan lacks a table or
-            names a rank that is not there.
+            names a rank that does not exist.
     """
     if not isinstance(planner, EmbeddingShardingPlanner):
         if replan == "sticky":
@@ -130,7 +132,7 @@ def choose_plan(planner: Planner, replan: Replan, request: PlanRequest) -> Choic
 
 
 class _Plans:
-    """The plans that TorchRec's planner allows to compare.
+    """The candidate plans of TorchRec's planner, with the estimates to compare them.
 
     Raises:
         ValueError: if the planner is for another number of ranks.
@@ -150,7 +152,7 @@ class _Plans:
         self._before = estimate_as(planner, old.plan, old.model, request.sharders)
 
     def staying(self) -> Choice:
-        """The tables that survive stay where they are."""
+        """The plan that leaves surviving tables where they are."""
         return self._choice(sticky_plan(self._request.old.plan, self._request.smaller))
 
     def moving(self) -> Choice:
@@ -158,7 +160,7 @@ class _Plans:
         return self._choice(self._planner.plan(self._request.smaller, self._request.sharders))
 
     def better(self, staying: Choice, moving: Choice | Exception) -> Choice:
-        """Whichever pays; or staying, if there is no other plan."""
+        """The plan that pays off, or the sticky one if there is no other."""
         planned = None if isinstance(moving, Exception) else self._cost(moving)
         comparison = compare(self._cost(staying), planned, self._topology, self._request.steps_left)
         if isinstance(moving, Exception):
@@ -167,7 +169,7 @@ class _Plans:
             crossing = _changing_optimizer(self._request.old.plan, moving.plan)
             if not crossing:
                 return replace(moving, comparison=comparison)
-            reason = f"the planner's plan takes tables from one optimizer to another: {crossing}"
+            reason = f"the planner's plan would move tables to another optimizer: {crossing}"
             comparison = replace(comparison, decision="sticky", reason=reason)
         return replace(staying, comparison=comparison)
 
@@ -184,13 +186,13 @@ class _Plans:
 
 
 def _check_plan(plan: ShardingPlan, request: PlanRequest) -> None:
-    """Sees that the plan is for this model and these ranks, and pools as before."""
+    """Checks that the plan fits this model and these ranks, and keeps the pooling."""
     _check_complete(plan, request.smaller, request.world_size)
     check_pooling(request.old, PlannedModel(plan, request.smaller))
 
 
 def _check_complete(plan: ShardingPlan, smaller: nn.Module, world_size: int) -> None:
-    """A planner is the user's: its plan may lack tables, or be for other ranks."""
+    """Checks a plan by a user's planner, which may lack tables or be for other ranks."""
     lacking: dict[str, list[str]] = defaultdict(list)
     for fqn, table in features_by_collection(smaller):
         module_plan = cast(EmbeddingModuleShardingPlan, plan.plan.get(fqn, {}))
@@ -203,18 +205,18 @@ def _check_complete(plan: ShardingPlan, smaller: nn.Module, world_size: int) -> 
         if beyond:
             raise ValueError(
                 f"the plan puts table {table} of {fqn or 'the model'} on {beyond[0]}, but the "
-                f"model's process group has {world_size} ranks: plan for those"
+                f"model's process group has {world_size} ranks: make the plan for these ranks"
             )
     if lacking:
         told = "; ".join(f"{tables} of {fqn or 'the model'}" for fqn, tables in lacking.items())
         raise ValueError(
-            f"the plan lacks the tables {told}: the planner must plan every table of the model "
-            "that it is given, under the fqn of its collection"
+            f"the plan lacks the tables {told}: the planner must plan every table of its "
+            "input model, under the fqn of the table's collection"
         )
 
 
 def _changing_optimizer(old: ShardingPlan, new: ShardingPlan) -> str:
-    """The tables that change between the fused and the dense optimizer, in words; "" if none."""
+    """Tables that move between the fused and the dense optimizer, as text; "" if none."""
     told = []
     for fqn, module_plan in new.plan.items():
         before = cast(EmbeddingModuleShardingPlan, old.plan[fqn])
@@ -226,7 +228,7 @@ def _changing_optimizer(old: ShardingPlan, new: ShardingPlan) -> str:
 
 
 def _tried(choose: Callable[[], Choice]) -> Choice | PlannerError | PoolingChangedError:
-    """A choice, or why there is none."""
+    """A choice, or the error that prevented it."""
     try:
         return choose()
     except (PlannerError, PoolingChangedError) as error:

@@ -1,4 +1,4 @@
-"""What a plan costs, by TorchRec's own estimators: bytes and milliseconds of every rank."""
+"""The cost of a plan by TorchRec's own estimators: bytes and milliseconds of every rank."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Memory = Literal["hbm", "ddr"]
 
 @dataclass(frozen=True)
 class PlanEstimate:
-    """What a plan takes of every rank; W ranks.
+    """The estimated cost of a plan on each of W ranks.
 
     Args:
-        hbm_bytes: (W,) int64, tables, optimizer state, inputs and outputs, as TorchRec's
+        hbm_bytes: HBM bytes, (W,) int64: tables, optimizer state, inputs and outputs, as TorchRec's
             `EmbeddingStorageEstimator` counts them.
-        ddr_bytes: (W,) int64, the same.
-        rank_ms: (W,) float64, lookups and communication of one step, forward and backward.
+        ddr_bytes: DDR bytes, (W,) int64: the same.
+        rank_ms: time of lookups and communication in one step, forward and backward, (W,) float64.
     """
 
     hbm_bytes: NDArray[np.int64]
@@ -48,7 +48,7 @@ class PlanEstimate:
 
     @property
     def step_ms(self) -> float:
-        """Of the slowest rank, as TorchRec's `NoopPerfModel` rates a plan."""
+        """Time of the slowest rank, as TorchRec's `NoopPerfModel` rates a plan."""
         return float(self.rank_ms.max())
 
     def describe(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class PlanEstimate:
         }
 
     def device_bytes(self, topology: Topology) -> NDArray[np.int64]:
-        """(W,) int64, in the memory of the topology's compute device: DDR for CPUs."""
+        """Bytes in the memory of the topology's compute device, (W,) int64: DDR for CPUs."""
         return self.hbm_bytes if device_memory(topology) == "hbm" else self.ddr_bytes
 
 
@@ -75,20 +75,21 @@ def estimate(
     constraints: Constraints | None = None,
     estimators: Sequence[ShardEstimator] | None = None,
 ) -> PlanEstimate:
-    """Estimates a plan, which need not be the planner's own.
+    """Estimates a plan, which need not come from the planner.
 
     Args:
-        plan: for the model.
-        model: sharded or not, gated or not.
-        topology: the ranks.
-        sharders: as for `DistributedModelParallel`. The states of a fused optimizer count whether
-            it is set on the parameters or in the sharders' `fused_params`.
-        batch_size: on one rank.
-        constraints: as the planner takes them: pooling factors, number of poolings, batch sizes.
-        estimators: TorchRec's, unless others are given.
+        plan: plan for the model.
+        model: model, sharded or not, gated or not.
+        topology: topology of the ranks.
+        sharders: sharders, as for `DistributedModelParallel`. The states of a fused optimizer count
+            whether it is set on the parameters or in the sharders' `fused_params`.
+        batch_size: batch size on one rank.
+        constraints: constraints, as the planner takes them: pooling factors, number of poolings,
+            batch sizes.
+        estimators: estimators to use in place of TorchRec's.
 
     Raises:
-        ValueError: if the plan lacks a table of the model, or names a rank that is not there.
+        ValueError: if the plan lacks a table of the model, or names a rank that does not exist.
     """
     tables = shardable_tables(model, sharders)
     options = plan_options(plan, tables, topology, batch_size, constraints)
@@ -112,7 +113,7 @@ def estimate_as(
 
 
 def device_memory(topology: Topology) -> Memory:
-    """The memory that the topology's compute device has: HBM, or DDR for CPUs."""
+    """The memory of the topology's compute device: HBM, or DDR for CPUs."""
     return "ddr" if topology.compute_device == "cpu" else "hbm"
 
 
@@ -123,10 +124,10 @@ def plan_options(
     batch_size: int,
     constraints: Constraints | None,
 ) -> list[ShardingOption]:
-    """What TorchRec's enumerator would make of the plan's shardings, ranks included.
+    """The options that TorchRec's enumerator would make for the plan's shardings, with ranks.
 
     Raises:
-        ValueError: if the plan lacks a table, or names a rank that is not there.
+        ValueError: if the plan lacks a table, or names a rank that does not exist.
     """
     return [
         _option(table, sharding_of(plan, table), topology, batch_size, constraints)
@@ -181,10 +182,10 @@ def populate(
 ) -> None:
     """Sets `perf` and `storage` of every shard.
 
-    Of the shards of equal size of a table one is estimated, because TorchRec's estimators know no
-    more of a shard; the others share its estimates.
+    Of a table's shards of equal size, only one is estimated, because TorchRec's estimators know
+    nothing of a shard except its size; the others share its estimates.
     """
-    # TorchRec 1.6 gives its estimators the sharders, later versions what they need of them.
+    # TorchRec 1.6 passes the sharders to its estimators; later versions pass only data about them.
     known: dict[str, Any] = {sharder_name(sharder.module_type): sharder for sharder in sharders}
     if "sharder_map" not in signature(ShardEstimator.estimate).parameters:
         known = build_sharder_data_map(known)
@@ -206,7 +207,7 @@ def populate(
 
 
 def copy_estimates(by_size: Mapping[tuple[int, ...], Shard], shards: Sequence[Shard]) -> None:
-    """Gives shards the estimates of those of their size, where there is one."""
+    """Copies to each shard the estimates of the shard of its size, if there is one."""
     for shard in shards:
         like = by_size.get(tuple(shard.size))
         if like is not None:
@@ -244,6 +245,6 @@ def _shards(table: ShardableTable, sharding: ParameterSharding, topology: Topolo
     if beyond:
         raise ValueError(
             f"the plan puts table {table.name} on rank {beyond[0]}, but the topology has "
-            f"{topology.world_size} ranks"
+            f"{topology.world_size} ranks: make the plan for this topology"
         )
     return shards

@@ -24,11 +24,11 @@ class PlannedModel(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """What the planner may choose from.
+    """The sharding types that the planner may choose from.
 
     Args:
-        sharding_types: TorchRec's names, such as table_wise, row_wise and column_wise.
-        tables: table -> its own sharding types, where they differ.
+        sharding_types: TorchRec's names of the types, such as table_wise, row_wise and column_wise.
+        tables: table -> sharding types of this table, if they differ.
     """
 
     sharding_types: Sequence[str] = (ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value)
@@ -46,7 +46,7 @@ class PlannerConfig:
 
     @property
     def replicates(self) -> bool:
-        """Whether a table may be data-parallel, and so left to the dense optimizer."""
+        """Whether a table may be data-parallel, and so trained by the dense optimizer."""
         return ShardingType.DATA_PARALLEL.value in self._asked
 
 
@@ -56,16 +56,16 @@ def make_planner(
     """TorchRec's `EmbeddingShardingPlanner` for the ranks of the default process group.
 
     Args:
-        config: constraints.
-        tables: names of all tables; those of tables that are pruned later are ignored then.
-        batch_size: on one rank, for the estimates.
+        config: sharding types to choose from.
+        tables: names of all tables; names of tables that are pruned later are ignored then.
+        batch_size: batch size on one rank, for the estimates.
         device_type: `cpu` or `cuda`.
     """
     return planner_for(config, tables, batch_size, run_topology(device_type))
 
 
 def run_topology(device_type: str) -> Topology:
-    """The ranks of the default process group, for `cpu` or `cuda`."""
+    """The topology of the default process group's ranks, for `cpu` or `cuda`."""
     world_size = dist.get_world_size()
     hbm_cap = torch.cuda.get_device_properties(0).total_memory if device_type == "cuda" else None
     return Topology(
@@ -79,7 +79,7 @@ def run_topology(device_type: str) -> Topology:
 def planner_for(
     config: PlannerConfig, tables: Iterable[str], batch_size: int, topology: Topology
 ) -> EmbeddingShardingPlanner:
-    """The same for any topology; needs no process group."""
+    """Like `make_planner`, but for any topology; needs no process group."""
     own = config.tables or {}
     constraints = {
         table: ParameterConstraints(sharding_types=list(own.get(table, config.sharding_types)))
@@ -93,7 +93,7 @@ def planner_for(
 def describe_plan(plan: ShardingPlan) -> dict[str, dict[str, object]]:
     """Table -> sharding type, compute kernel and ranks; plain data for reports.
 
-    A table whose name is in several collections is `fqn.table`.
+    A table name that occurs in several collections becomes `fqn.table`.
     """
     count = Counter(table for module_plan in plan.plan.values() for table in module_plan)
     described: dict[str, dict[str, object]] = {}

@@ -1,17 +1,17 @@
 """Finds tables whose pooled embeddings TorchRec computes differently under another plan.
 
-What TorchRec makes of `PoolingType.MEAN` depends on the plan (torchrec/distributed/embeddingbag.py,
+The effect of `PoolingType.MEAN` depends on the plan (torchrec/distributed/embeddingbag.py,
 `ShardedEmbeddingBagCollection.__init__` and `_create_mean_pooling_divisor`, 1.6 to 1.8):
 
 - table-wise, column-wise and data-parallel tables are averaged in the lookup, over the bag's
-  length, whatever the weights;
-- row-wise and table-row-wise tables are summed, and divided afterwards by the bag's length, or, if
-  the collection is weighted, by the sum of its weights;
-- that division also meets every other table of the collection that is not sharded by rows, SUM or
-  MEAN, and divides it by the same once more;
-- under grid_shard each shard's rows are averaged on their own.
+  length, regardless of the weights;
+- row-wise and table-row-wise tables are summed, then divided by the bag's length, or by the sum of
+  the bag's weights if the collection is weighted;
+- that division also applies to every other table of the collection that is not sharded by rows,
+  SUM or MEAN, and divides it once more;
+- under grid_shard, the rows of each shard are averaged separately.
 
-So moving a table, or dropping another of its collection, can change what a model computes.
+So moving a table, or dropping another table of its collection, can change a model's output.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _BY_ROWS = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
 
 
 class PoolingChangedError(ValueError):
-    """A plan that would change what the model computes."""
+    """A plan would change the model's output."""
 
 
 def check_pooling(old: PlannedModel, new: PlannedModel) -> None:
-    """Sees that every table that survives is pooled as before.
+    """Checks that every surviving table is pooled as before.
 
     Args:
-        old: before.
-        new: after.
+        old: model and plan before the prune.
+        new: model and plan after the prune.
 
     Raises:
-        PoolingChangedError: otherwise; names the tables.
+        PoolingChangedError: if tables are pooled differently; names them.
     """
     before, after = pooling(*old), pooling(*new)
     changed = {table: (before[table], how) for table, how in after.items() if before[table] != how}
@@ -51,7 +51,7 @@ def check_pooling(old: PlannedModel, new: PlannedModel) -> None:
         )
         raise PoolingChangedError(
             f"TorchRec pools these tables differently under the new plan: {told}. Constrain the "
-            "planner to sharding types that leave them as they are, or use SUM pooling"
+            "planner to sharding types that keep their pooling, or use SUM pooling"
         )
 
 
@@ -59,8 +59,8 @@ def pooling(plan: ShardingPlan, model: nn.Module) -> dict[tuple[str, str], str]:
     """(fqn of a collection, table) -> how its embeddings are pooled, in words.
 
     Args:
-        plan: for the model.
-        model: not sharded, without gates.
+        plan: plan for the model.
+        model: unsharded model without gates.
     """
     found = {}
     for fqn, module in model.named_modules():
@@ -84,11 +84,11 @@ def pooling(plan: ShardingPlan, model: nn.Module) -> dict[tuple[str, str], str]:
 def _how(sharding_type: str, is_mean: bool, weighted: bool, divided: bool) -> str:
     divisor = "the sum of weights" if weighted else "length"
     if sharding_type in _BY_ROWS:
-        return f"a sum over {divisor}" if is_mean else "a sum"
+        return f"a sum divided by {divisor}" if is_mean else "a sum"
     if not is_mean:
         how = "a sum"
     elif sharding_type == ShardingType.GRID_SHARD.value:
         how = "a mean of each shard's rows"
     else:
-        how = "a sum over length"
-    return f"{how} over {divisor}" if divided else how
+        how = "a sum divided by length"
+    return f"{how} divided by {divisor}" if divided else how

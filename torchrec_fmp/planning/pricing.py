@@ -1,4 +1,4 @@
-"""`costs`: what keeping each feature costs, in bytes or in planner milliseconds."""
+"""`costs`: the cost of keeping each feature, in bytes or in planner milliseconds."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ def costs(
     sharders: Sharders | None = None,
     plan: ShardingPlan | None = None,
 ) -> dict[str, float]:
-    """Feature -> what keeping it costs; the sum is the cost of all tables.
+    """Feature -> cost of keeping it; the sum is the cost of all tables.
 
     The units:
 
-    - `bytes`: of the tables' weights, as a manifest's `table_bytes`; no optimizer state, no copies.
-    - `hbm`: bytes over all ranks of the memory of the compute device, which is DDR in a topology of
+    - `bytes`: bytes of the tables' weights, like a manifest's `table_bytes`; no optimizer state, no
+      copies.
+    - `hbm`: bytes over all ranks in the memory of the compute device, which is DDR in a topology of
       CPUs: weights, optimizer state, inputs and outputs, by TorchRec's `EmbeddingStorageEstimator`.
     - `step_ms`: milliseconds of one step, forward and backward, by TorchRec's
-      `EmbeddingPerfEstimator`: those of all ranks divided by the number of ranks. The sum is
-      therefore the step of a perfectly balanced plan, and a lower bound of the plan's own.
+      `EmbeddingPerfEstimator`: the total of all ranks divided by the number of ranks. The sum is
+      therefore the step time of a perfectly balanced plan, a lower bound of the plan's step time.
 
-    A table that serves several features divides its cost among them, because it goes only when all
-    of them go: equally for `bytes` and `hbm`; by expected lookups (pooling factor x number of
-    poolings x batch size, where the constraints have them for each feature) for `step_ms`. A
-    feature that several tables serve pays its part of each. Dense columns have no table and are not
-    in the result. `table_costs` has the undivided costs.
+    A table that serves several features divides its cost among them, because it is dropped only
+    when all of them are: equally for `bytes` and `hbm`; by expected lookups (pooling factor x
+    number of poolings x batch size, where the constraints have them for each feature) for
+    `step_ms`. A feature that several tables serve pays its share of each. Dense columns have no
+    table and are not in the result. `table_costs` returns the undivided costs.
 
     Args:
-        model: gated or not. Of a `DistributedModelParallel`, the shardings of its plan are priced.
-        topology: the ranks.
-        unit: of the costs.
-        batch_size: on one rank.
-        constraints: as the planner takes them.
-        sharders: as for `DistributedModelParallel`; by default the model's own, if it is sharded,
-            or `torchrec_fmp.sharders()`.
-        plan: whose shardings are priced. Without one, each table has the sharding that TorchRec's
-            `GreedyProposer` proposes first: the one with the fastest slowest shard.
+        model: model, gated or not. For a `DistributedModelParallel`, the shardings of its plan are
+            priced.
+        topology: topology of the ranks.
+        unit: unit of the costs.
+        batch_size: batch size on one rank.
+        constraints: constraints, as the planner takes them.
+        sharders: sharders, as for `DistributedModelParallel`; by default the model's own, if it is
+            sharded, or `torchrec_fmp.sharders()`.
+        plan: plan whose shardings are priced. Without a plan, each table has the sharding that
+            TorchRec's `GreedyProposer` proposes first: the one with the fastest slowest shard.
 
     Raises:
         ValueError: for an unknown unit, or a plan that does not fit the model.
@@ -83,15 +85,15 @@ def table_costs(
     sharders: Sharders | None = None,
     plan: ShardingPlan | None = None,
 ) -> list[TableCost]:
-    """What is saved when features go: the costs of `costs`, with the features that share each.
+    """The costs saved by dropping features: undivided `costs`, with the features that share each.
 
-    In `bytes` and `hbm` the features of a table share all of its cost, which is there until the
-    last of them goes; in `step_ms` each has its lookups' part for itself.
+    In `bytes` and `hbm` the features of a table share its whole cost, which remains until the last
+    of them is dropped; in `step_ms` each feature has the cost of its own lookups.
 
     Args and Raises: as for `costs`.
     """
     if unit not in ("bytes", "hbm", "step_ms"):
-        raise ValueError(f"unit is {unit!r}; the units are bytes, hbm and step_ms")
+        raise ValueError(f"unit is {unit!r}; it must be bytes, hbm or step_ms")
     if isinstance(model, DistributedModelParallel):
         sharders = sharders or model.sharders
         plan = plan or model.plan
@@ -125,7 +127,7 @@ def _fastest(
     constraints: Constraints | None,
     sharders: Sharders,
 ) -> list[ShardingOption]:
-    """For each table, the sharding whose slowest shard is the fastest."""
+    """The sharding of each table with the fastest slowest shard."""
     enumerator = EmbeddingEnumerator(topology, batch_size, dict(constraints or {}))
     options: dict[tuple[str, str], ShardingOption] = {}
     for option in enumerator.enumerate(model, list(sharders)):
@@ -151,7 +153,7 @@ def _price(option: ShardingOption, topology: Topology, unit: Unit) -> float:
 
 
 def _lookup_shares(table: ShardableTable, constraints: Constraints | None) -> list[float]:
-    """The parts of a table's lookups that its features make, in their order; they add up to 1."""
+    """Each feature's share of a table's lookups, in the features' order; shares add up to 1."""
     count = len(table.features)
     constraint = (constraints or {}).get(table.name)
     if constraint is None or len(constraint.pooling_factors) != count:

@@ -1,4 +1,4 @@
-"""Planning again after a prune: stay, or move to the planner's new plan, and what either costs."""
+"""Plans again after a prune: stay or move to the planner's new plan, and the cost of either."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ Replan = Literal["auto", "planner", "sticky"]
 Decision = Literal["planner", "sticky"]
 _Planner = TypeVar("_Planner")
 
-# Of a step. TorchRec's estimates do not resolve less, so a smaller gain is no reason to move.
+# Fraction of a step. TorchRec's estimates are no finer, so a smaller gain is no reason to move.
 _LEAST_GAIN = 0.01
 
 
 def sticky_plan(old_plan: ShardingPlan, smaller_model: nn.Module) -> ShardingPlan:
-    """The old plan without the tables that are gone: what survives stays where it is.
+    """The old plan without dropped tables: surviving tables stay where they are.
 
     Args:
-        old_plan: of the model before the prune, keyed by the fqns of its modules.
-        smaller_model: unsharded, its modules under the same fqns; gated modules of the old model
-            may be plain ones now.
+        old_plan: plan of the model before the prune, keyed by the fqns of its modules.
+        smaller_model: unsharded model with its modules under the same fqns; gated modules of the
+            old model may now be plain.
 
     Raises:
         ValueError: if a table of the smaller model is not in the old plan.
@@ -60,16 +60,16 @@ def sticky_plan(old_plan: ShardingPlan, smaller_model: nn.Module) -> ShardingPla
 
 
 def narrowed_planner(planner: _Planner, old_model: nn.Module, smaller_model: nn.Module) -> _Planner:
-    """A planner for the smaller model; the given one is not changed.
+    """A planner for the smaller model: a copy of `planner` with narrowed constraints.
 
-    The copy's constraints lack the tables that are gone, and those of a table that lost features
-    have only the values of the features that are left. A planner that is not TorchRec's
-    `EmbeddingShardingPlanner` passes through.
+    The copy has no constraints for dropped tables. For a table that lost features, its constraints
+    keep only the values of the remaining features. A planner other than TorchRec's
+    `EmbeddingShardingPlanner` is returned unchanged.
 
     Args:
-        planner: for the old model.
-        old_model: before the prune, sharded or not.
-        smaller_model: after it.
+        planner: planner for the old model; not changed.
+        old_model: model before the prune, sharded or not.
+        smaller_model: model after the prune.
     """
     if not isinstance(planner, EmbeddingShardingPlanner):
         return planner
@@ -86,22 +86,22 @@ def narrowed_constraints(
     old: Mapping[tuple[str, str], list[str]],
     new: Mapping[tuple[str, str], list[str]],
 ) -> dict[str, ParameterConstraints]:
-    """Constraints of the tables that are left, for the features that are left.
+    """Constraints of the remaining tables, for their remaining features.
 
-    TorchRec applies a constraint to all tables of its name, in whatever collections. Where they
-    lost features in different places, no values are right for all of them, and the lists stay as
-    they were.
+    TorchRec applies a constraint to all tables of its name, in any collection. If these tables
+    lost features in different positions, no values are right for all of them, and the lists stay
+    unchanged.
 
     Args:
-        constraints: by table.
-        old: (fqn of a collection, table) -> features, before.
-        new: the same, after.
+        constraints: table -> its constraints.
+        old: (fqn of a collection, table) -> features, before the prune.
+        new: (fqn of a collection, table) -> features, after the prune.
     """
     before, after = ({table for _, table in model} for model in (old, new))
     kept: dict[str, list[tuple[list[str], list[str]]]] = defaultdict(list)
-    for key, features in new.items():
-        if key in old:
-            kept[key[1]].append((old[key], features))
+    for (fqn, table), features in new.items():
+        if (fqn, table) in old:
+            kept[table].append((old[fqn, table], features))
     return {
         table: _narrowed(copy.deepcopy(constraint), kept[table])
         for table, constraint in constraints.items()
@@ -111,19 +111,19 @@ def narrowed_constraints(
 
 @dataclass(frozen=True)
 class Comparison:
-    """Staying against moving to the planner's plan; plain data for a manifest.
+    """Staying compared with moving to the planner's plan; plain data for a manifest.
 
     Args:
-        sticky_step_ms: estimated step if the tables stay.
-        planner_step_ms: estimated step of the planner's plan; None if the planner found none.
-        sticky_bytes: that go from one rank to another if the tables stay.
-        planner_bytes: the same for the planner's plan; None if it found none.
-        sticky_move_ms: estimated time that this takes.
-        planner_move_ms: the same for the planner's plan; None if it found none.
-        steps_left: of the training; None if unknown, which counts as many.
-        break_even_steps: after which the planner's plan has made up for its move; None if never.
-        decision: sticky or planner.
-        reason: in words.
+        sticky_step_ms: estimated step time if the tables stay.
+        planner_step_ms: estimated step time of the planner's plan; None if the planner found none.
+        sticky_bytes: bytes sent from one rank to another if the tables stay.
+        planner_bytes: the same for the planner's plan; None if the planner found none.
+        sticky_move_ms: estimated time to send `sticky_bytes`.
+        planner_move_ms: the same for the planner's plan; None if the planner found none.
+        steps_left: training steps remaining; None is treated as unlimited.
+        break_even_steps: steps until the planner's plan has made up for its move; None if never.
+        decision: `sticky` or `planner`.
+        reason: reason for the decision, as text.
     """
 
     sticky_step_ms: float
@@ -144,11 +144,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlanCost:
-    """What a plan costs: once to get there, and then in each step.
+    """The cost of a plan: the move to it, once, and then every step.
 
     Args:
-        step_ms: estimated.
-        link_bytes: (W, W) bytes from rank to rank, as `transfer_plan.link_bytes` gives them.
+        step_ms: estimated step time.
+        link_bytes: bytes from rank to rank, (W, W), as `transfer_plan.link_bytes` returns them.
     """
 
     step_ms: float
@@ -161,12 +161,12 @@ def compare(
     topology: Topology,
     steps_left: int | None = None,
 ) -> Comparison:
-    """Decides between staying and moving. Pure: every rank comes to the same.
+    """Decides between staying and moving. Pure: every rank decides the same.
 
     Args:
-        sticky: if the surviving tables stay where they are.
-        planner: with the planner's plan; None if it found none.
-        topology: for the bandwidths within a host and between hosts.
+        sticky: cost if the surviving tables stay where they are.
+        planner: cost of the planner's plan; None if the planner found none.
+        topology: topology with the bandwidths within a host and between hosts.
         steps_left: training steps remaining; None is treated as unlimited.
     """
     sticky_move_ms = move_ms(sticky.link_bytes, topology)
@@ -182,7 +182,10 @@ def compare(
         if break_even_steps is None or gain_ms <= _LEAST_GAIN * sticky.step_ms:
             reason = f"the planner's plan saves {gain_ms:.3g} ms a step, less than 1%"
         elif steps_left is not None and steps_left <= break_even_steps:
-            reason = f"the move pays off after {break_even_steps:.0f} steps, {steps_left} are left"
+            reason = (
+                f"the move pays off after {break_even_steps:.0f} steps, "
+                f"but only {steps_left} remain"
+            )
         else:
             decision = "planner"
             reason = (
@@ -204,19 +207,19 @@ def compare(
 
 
 def moved_bytes(links: NDArray[np.int64]) -> int:
-    """Bytes that go from one rank to another; what stays on its rank does not count."""
+    """Bytes sent from one rank to another; bytes that stay on their rank do not count."""
     return int(links.sum() - np.trace(links))
 
 
 def move_ms(links: NDArray[np.int64], topology: Topology) -> float:
     """Milliseconds until the busiest rank has sent and received its bytes.
 
-    A rank sends and receives at the same time, over the link within its host and the one to other
-    hosts at the same time, each at the bandwidth that TorchRec's topology gives it.
+    A rank sends and receives at the same time, and uses the link within its host and the link to
+    other hosts at the same time. Each link has its bandwidth in TorchRec's topology.
 
     Args:
-        links: (W, W) bytes from rank to rank.
-        topology: W ranks.
+        links: bytes from rank to rank, (W, W).
+        topology: topology of W ranks.
     """
     host = np.arange(len(links)) // topology.intra_group_size
     same_host = host[:, None] == host
@@ -235,10 +238,10 @@ def move_ms(links: NDArray[np.int64], topology: Topology) -> float:
 def fits_side_by_side(
     old: PlanEstimate, new: PlanEstimate, topology: Topology, chunk_bytes: int
 ) -> bool:
-    """Whether every rank can hold the old tables, the new ones and one chunk in transit at once.
+    """Whether every rank can hold the old tables, the new tables and one chunk in transit at once.
 
     Compares TorchRec's estimates, which include inputs and outputs of a step, with the topology's
-    capacities; the chunk lies in the memory of the compute device.
+    capacities. The chunk is in the memory of the compute device.
     """
     for memory in ("hbm", "ddr"):
         needed = getattr(old, f"{memory}_bytes") + getattr(new, f"{memory}_bytes")
@@ -253,11 +256,11 @@ def fits_side_by_side(
 def _narrowed(
     constraint: ParameterConstraints, kept: list[tuple[list[str], list[str]]]
 ) -> ParameterConstraints:
-    """For the tables of one name, each with its features before and after."""
+    """Narrows a constraint for the tables of its name, from their features before and after."""
     lists: dict[str, Any] = {}
     for name in ("pooling_factors", "num_poolings", "batch_sizes"):
         values = getattr(constraint, name)
-        # A list of another length is not of a value a feature.
+        # A list of another length does not have one value per feature.
         positions = {
             tuple(old.index(feature) for feature in new)
             for old, new in kept
@@ -272,15 +275,15 @@ def _narrowed(
 
 
 def _copied(sharding: ParameterSharding) -> ParameterSharding:
-    """Shares nothing that TorchRec changes in a plan by which it has sharded a model.
+    """A copy that shares nothing that TorchRec changes in the plan of a sharded model.
 
-    It rebinds the placements of shards (`DMPCollection`), and the sizes and offsets of virtual
-    tables (`embedding_kernel.py`). Placements themselves it changes only when it shards onto
-    the meta device. A deep copy of a table's 1,024 shards would take 25 ms.
+    TorchRec rebinds the placements of shards (`DMPCollection`), and the sizes and offsets of
+    virtual tables (`embedding_kernel.py`). It changes placements themselves only when it shards
+    onto the meta device. A deep copy of a table's 1,024 shards would take 25 ms.
     """
     copied = replace(sharding, ranks=None if sharding.ranks is None else list(sharding.ranks))
     if isinstance(sharding.sharding_spec, EnumerableShardingSpec):
-        # Not its constructor, which looks for overlaps again.
+        # The constructor would check for overlaps again.
         copied.sharding_spec = copy.copy(sharding.sharding_spec)
         copied.sharding_spec.shards = [
             ShardMetadata(shard.shard_offsets, shard.shard_sizes, shard.placement)

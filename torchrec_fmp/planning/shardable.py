@@ -1,4 +1,4 @@
-"""The tables that a model's sharders shard, and the features that each serves."""
+"""The tables that a model's sharders shard, and the features of each table."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from torchrec_fmp.surgery.blueprint import blueprint
 
 Sharders = Sequence[ModuleSharder[Any]]
 
-# The optimizers that FBGEMM fuses: the class that TorchRec's storage estimator knows, the states
-# of the weight's shape, and the states with one value a row; states are fp32.
+# The optimizers that FBGEMM fuses: the class that TorchRec's storage estimator knows, the number
+# of states of the weight's shape, and the number of states with one value per row. States are fp32.
 _FUSED_OPTIMIZERS: dict[EmbOptimType, tuple[type, int, int]] = {
     EmbOptimType.EXACT_SGD: (optim.SGD, 0, 0),
     EmbOptimType.LARS_SGD: (optim.LarsSGD, 1, 0),
@@ -44,13 +44,13 @@ class ShardableTable:
     """One table of an unsharded model.
 
     Args:
-        path: fqn of the module that a sharder shards, which is the plan's key.
-        module: that module.
-        name: of the table.
-        weight: (rows, columns), with what `apply_optimizer_in_backward` set on it.
-        features: that it serves, in the order of its config.
-        fused_params: of the module's sharder.
-        is_pooled: whether lookups are pooled, or sequences.
+        path: fqn of the module that a sharder shards; the key in the plan.
+        module: module at `path`.
+        name: name of the table.
+        weight: weight (rows, columns), with the attributes that `apply_optimizer_in_backward` set.
+        features: features of the table, in the order of its config.
+        fused_params: `fused_params` of the module's sharder.
+        is_pooled: whether lookups are pooled rather than sequences.
     """
 
     path: str
@@ -63,15 +63,15 @@ class ShardableTable:
 
     @property
     def parameter_bytes(self) -> int:
-        """Of the weight, without optimizer state."""
+        """Bytes of the weight, without optimizer state."""
         return self.weight.numel() * self.weight.element_size()
 
     @property
     def optimizer(self) -> EmbOptimType | None:
-        """The fused optimizer: what was set on the parameter, or else on the sharder.
+        """The fused optimizer that is set on the parameter, or else on the sharder.
 
         Raises:
-            ValueError: if its states are not known.
+            ValueError: if the optimizer's states are unknown.
         """
         classes = backward_classes(self.weight)
         of_sharder: EmbOptimType | None = self.fused_params.get("optimizer")
@@ -90,17 +90,17 @@ class ShardableTable:
         known = [kind.name for kind in _FUSED_OPTIMIZERS]
         return ValueError(
             f"table {self.name} of {self.path or 'the model'} has the optimizer {optimizer}, whose "
-            f"states are not known; known are {known}"
+            f"states are unknown; use one of {known}"
         )
 
     @property
     def bytes_per_element(self) -> int:
-        """Of the weight and the optimizer states of its shape."""
+        """Bytes per element of the weight and the optimizer states of its shape."""
         return self.weight.element_size() + _STATE_BYTES * self._states[0]
 
     @property
     def bytes_per_row(self) -> int:
-        """Of the optimizer states with one value a row."""
+        """Bytes per row of the optimizer states with one value per row."""
         return _STATE_BYTES * self._states[1]
 
     @property
@@ -111,10 +111,10 @@ class ShardableTable:
         return (of_elements, of_rows)
 
     def priced_weight(self) -> Tensor:
-        """The weight as TorchRec's storage estimator must see it to count optimizer state.
+        """The weight in a form that lets TorchRec's storage estimator count optimizer state.
 
-        The estimator knows an optimizer from the parameter alone (`_get_optimizer_multipler` in
-        planner/shard_estimators.py), and so takes one in the sharder's `fused_params` for none.
+        The estimator finds an optimizer on the parameter only (`_get_optimizer_multipler` in
+        planner/shard_estimators.py), so it overlooks one in the sharder's `fused_params`.
         """
         if self.optimizer is None or backward_classes(self.weight):
             return self.weight
@@ -127,18 +127,18 @@ def shardable_tables(model: nn.Module, sharders: Sharders) -> list[ShardableTabl
     """Every table that the sharders find, in the model's order.
 
     Args:
-        model: gated or not; of a sharded one, the tables of its unsharded counterpart.
-        sharders: as for `DistributedModelParallel`.
+        model: model, gated or not. A sharded model gives the tables of its unsharded counterpart.
+        sharders: sharders, as for `DistributedModelParallel`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the sharders find no table.
     """
     by_type = {sharder_name(sharder.module_type): sharder for sharder in sharders}
     tables = []
     for path, module in _sharded_by(unsharded(model), by_type, ""):
         sharder = by_type[sharder_name(type(module))]
         features = features_by_table(module)
-        # Goes through the whole module, so not once for each table.
+        # Walks the whole module, so it is called once per module, not per table.
         is_pooled = ShardingOption.module_pooled(module, path)
         for name, weight in sharder.shardable_parameters(module).items():
             fused_params = dict(sharder.fused_params or {})
@@ -148,13 +148,14 @@ def shardable_tables(model: nn.Module, sharders: Sharders) -> list[ShardableTabl
             )
     if not tables:
         raise ValueError(
-            f"the model has no module of the types that the sharders shard: {sorted(by_type)}"
+            f"the model has no module of the types that the sharders shard: {sorted(by_type)}; "
+            "pass sharders for its collections"
         )
     return tables
 
 
 def unsharded(model: nn.Module) -> nn.Module:
-    """The model itself, or the unsharded counterpart on meta of one that is sharded."""
+    """The model itself, or its unsharded counterpart on meta if it is sharded."""
     module = get_unwrapped_module(model)
     if any(isinstance(child, ShardedEmbeddingModule) for child in module.modules()):
         return blueprint(model).model

@@ -1,4 +1,4 @@
-"""What a prune would do to plans, memory and steps, found out without ranks and without weights."""
+"""Predicts, without ranks or weights, what a prune would do to plans, memory and step time."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from torchrec_fmp.reshard.transfer_plan import TableMove, link_bytes
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model's tables.
+    """The size of a model's tables.
 
     Args:
-        features: that have a table.
-        tables: number of them.
-        parameters: of their weights.
-        bytes: of their weights, without optimizer state.
+        features: number of features that have a table.
+        tables: number of tables.
+        parameters: number of parameters in the tables' weights.
+        bytes: bytes of the tables' weights, without optimizer state.
     """
 
     features: int
@@ -43,16 +43,16 @@ class Size:
 
 @dataclass(frozen=True)
 class PlanFigures:
-    """What a plan takes, and what it takes to get there.
+    """The cost of a plan, and of the move to it.
 
     Args:
-        rank_bytes: least, median and most that a rank holds in its device's memory: tables,
-            optimizer state, inputs and outputs.
-        step_ms: estimated, of the slowest rank.
-        planner_seconds: that TorchRec's planner took; None for a plan that it did not make.
-        moved_bytes: from one rank to another, of weights and optimizer state.
-        busiest_rank_bytes: most that one rank sends or receives.
-        busiest_link_bytes: most that one rank sends to another.
+        rank_bytes: minimum, median and maximum bytes in a rank's device memory: tables, optimizer
+            state, inputs and outputs.
+        step_ms: estimated step time of the slowest rank.
+        planner_seconds: time that TorchRec's planner took; None for a plan that it did not make.
+        moved_bytes: bytes of weights and optimizer state sent from one rank to another.
+        busiest_rank_bytes: most bytes that one rank sends or receives.
+        busiest_link_bytes: most bytes that one rank sends to another.
     """
 
     rank_bytes: tuple[int, int, int]
@@ -65,7 +65,7 @@ class PlanFigures:
 
 @dataclass(frozen=True)
 class WhatIf:
-    """A prune, before and after; `planner` is None if TorchRec finds no plan for what is left."""
+    """A prune, before and after; `planner` is None if TorchRec finds none for the smaller model."""
 
     world_size: int
     memory: str
@@ -89,17 +89,17 @@ def what_if(
     sharders: Sharders,
     steps_left: int | None = None,
 ) -> WhatIf:
-    """Plans a model and what a prune leaves of it, and compares staying with moving.
+    """Plans a model and its pruned version, and compares staying with moving.
 
-    Shows a progress bar on stderr, if that is a terminal.
+    Shows a progress bar on stderr if it is a terminal.
 
     Args:
-        model: unsharded, may be on meta.
-        smaller_model: the same after the prune, under the same fqns.
-        planner: for `model`.
-        smaller_planner: for `smaller_model`, on the same topology.
-        sharders: as for `DistributedModelParallel`.
-        steps_left: of the training after the prune; None if unknown.
+        model: unsharded model, may be on meta.
+        smaller_model: same model after the prune, under the same fqns.
+        planner: planner for `model`.
+        smaller_planner: planner for `smaller_model`, on the same topology.
+        sharders: sharders, as for `DistributedModelParallel`.
+        steps_left: training steps remaining after the prune; None is treated as unlimited.
 
     Raises:
         ValueError: if TorchRec's planner finds no plan for `model`.
@@ -110,19 +110,19 @@ def what_if(
         with _stage(progress, "planning the model"):
             old_plan, seconds = _planned(planner, model, sharders)
             old = estimate_as(planner, old_plan, model, sharders)
-        with _stage(progress, "planning what is left"):
+        with _stage(progress, "planning the smaller model"):
             try:
                 new_plan, new_seconds = _planned(smaller_planner, smaller_model, sharders)
             except ValueError:
                 new_plan, new_seconds = None, None
-        with _stage(progress, "what if tables stay"):
+        with _stage(progress, "estimating the sticky plan"):
             sticky = sticky_plan(old_plan, smaller_model)
             sticky_links = _link_bytes(old_plan, sticky, tables, topology)
             staying = _figures(
                 estimate_as(smaller_planner, sticky, smaller_model, sharders), topology
             )
         moving, planned = None, None
-        with _stage(progress, "what if tables move"):
+        with _stage(progress, "estimating the planner's plan"):
             if new_plan is not None:
                 links = _link_bytes(old_plan, new_plan, tables, topology)
                 new = estimate_as(smaller_planner, new_plan, smaller_model, sharders)

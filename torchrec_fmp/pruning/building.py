@@ -26,25 +26,25 @@ def build(
     """The smaller model, sharded by the new plan; tables are not filled. Collective.
 
     Args:
-        proposal: what to build.
-        move: for its timeout.
-        gates: of the new model; None for none.
+        proposal: prune to build the model for.
+        move: settings for moving tables; only the timeout is read.
+        gates: configuration of the new model's gates; None for no gates.
 
     Raises:
-        ValueError: if a parameter cannot be cut, or the model was sharded without sharders of gated
-            collections and the new one is to have gates.
+        ValueError: if a parameter cannot be cut, or `gates` is given and the model was sharded
+            without sharders for gated collections.
         RuntimeError: if another rank fails.
     """
     old = proposal.model
     with all_or_none("cutting the dense parameters", proposal.group, move.timeout):
         fill_dense(proposal.smaller.model, dense_tensors(old), proposal.smaller.cut_map)
-    # Building modules draws initial weights, which are overwritten: the job's own random numbers
-    # continue as if nothing had happened.
+    # Building modules draws initial weights, which are overwritten later: the job's own random
+    # numbers must not change.
     devices = [] if old.device.type == "cpu" else [old.device]
     with torch.random.fork_rng(devices, device_type=old.device.type):
         with all_or_none("building the smaller model", proposal.group, move.timeout):
             model = proposal.smaller.model if gates is None else _gated(proposal, gates)
-            # The plan is by own fqns, and compiled modules have longer ones.
+            # The plan uses own fqns; compiled modules have longer fqns.
             model = compiled(model, proposal.blueprint.compilers)
             new = DistributedModelParallel(
                 model,
@@ -60,7 +60,7 @@ def build(
 
 
 def restore_modes(old: nn.Module, new: nn.Module) -> None:
-    """Each module trains or evaluates as the old one of its fqn, and a new one as the model."""
+    """Copies each module's training mode by own fqn; a new module gets the mode of the model."""
     modes = {fqn: module.training for fqn, module in own_modules(old)}
     new.train(old.training)
     for fqn, module in own_modules(new):
@@ -68,7 +68,7 @@ def restore_modes(old: nn.Module, new: nn.Module) -> None:
 
 
 def _gated(proposal: Proposal, config: GateConfig) -> nn.Module:
-    """The smaller model with open gates, whose noise continues where the old ones' has ended."""
+    """The smaller model with open gates, whose noise continues where the old gates' noise ended."""
     if not any(issubclass(s.module_type, GatedCollection) for s in proposal.model.sharders):
         raise ValueError(
             "the model was sharded without sharders of gated collections, which the new gates "
@@ -85,5 +85,5 @@ def _gated(proposal: Proposal, config: GateConfig) -> nn.Module:
 
 
 def _step_counters(model: nn.Module) -> dict[str, StepCounter]:
-    """Those of the gated modules, by own fqn."""
+    """Step counters of the gated modules, by own fqn."""
     return {fqn: module for fqn, module in own_modules(model) if isinstance(module, StepCounter)}

@@ -1,4 +1,4 @@
-"""`Manifest`: what a prune did, or would do."""
+"""`Manifest`: the record of a prune or of a dry run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _T = TypeVar("_T")
 
 
 class BeforeAfter(tuple[_T, _T]):
-    """Something before a prune and after it; made of the pair."""
+    """A value before and after a prune, constructed from the pair."""
 
     __slots__ = ()
 
@@ -32,26 +32,26 @@ class BeforeAfter(tuple[_T, _T]):
         return self[1]
 
     def describe(self, value: Callable[[_T], Any] = lambda value: value) -> dict[str, Any]:
-        """Plain data for reports, with `value` of each."""
+        """Plain data for reports, with `value` applied to each."""
         return {"before": value(self.before), "after": value(self.after)}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prune did, or would do.
+    """The record of a prune or of a dry run.
 
     Args:
-        selection: the decisions.
+        selection: decisions of the prune.
         dense_columns: fqn of a module that reads gated dense columns -> the columns it reads now,
-            in order; give the pruned model these.
+            in order; give the pruned model these columns.
         tables: number of embedding tables, before and after.
-        table_bytes: of all embedding tables, before and after.
-        parameters: before and after, tables included.
+        table_bytes: bytes of all embedding tables, before and after.
+        parameters: number of parameters, including tables, before and after.
         plans: TorchRec's plans, before and after.
-        estimates: by TorchRec's planner, of both plans; None with another planner.
-        comparison: of staying and moving, where the plan was chosen by it.
-        link_bytes: (ranks, ranks) int64, tables and the state of fused optimizers, from each rank
-            to each; the diagonal is copied where it is.
+        estimates: TorchRec's estimates of both plans; None with another planner.
+        comparison: comparison of staying and moving, if it decided the plan.
+        link_bytes: (ranks, ranks) int64 bytes of tables and fused optimizer states, from each rank
+            to each; the diagonal is copied within its rank.
         staging: whether the old tables went through host memory.
         parity_max_abs: max abs difference of the outputs over all ranks; None without a batch, and
             before the prune.
@@ -71,11 +71,11 @@ class Manifest:
 
     @property
     def moved_bytes(self) -> int:
-        """Bytes that go from one rank to another."""
+        """Bytes that move from one rank to another."""
         return moved_bytes(self.link_bytes)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for reports: everything but the decisions, which have a file of their own."""
+        """Plain data for reports, without the decisions, which have a separate file."""
         return {
             "dropped": self.selection.dropped,
             "dense_columns": {fqn: list(names) for fqn, names in self.dense_columns.items()},

@@ -1,4 +1,4 @@
-"""What the old model and the pruned one compute for the same input."""
+"""Outputs of the old and the pruned model for the same input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 @contextmanager
 def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
-    """The gates have the selection's values; afterwards those that they had."""
+    """Fixes the gates at the selection's values, and restores their state afterwards."""
     before = [(module, module.fixed) for _, module in feature_gates(model)]
     for module, _ in before:
         module.fix(selection.gates)
@@ -52,7 +52,7 @@ def gates_fixed(model: nn.Module, selection: Selection) -> Iterator[None]:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation that leaves no trace, without the graphs that `torch.compile` made.
 
-    They would not see the hooks of a comparison.
+    Compiled graphs would not see the hooks of a comparison.
     """
     with evaluation(model), torch.compiler.set_stance("force_eager"), steps_uncounted(model):
         yield
@@ -61,19 +61,19 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 def outputs_before(
     model: nn.Module, selection: Selection, batch: Any, forward: Forward
 ) -> list[Tensor]:
-    """What the old model computes in evaluation with its features scaled as the selection says.
+    """Outputs of the old model in evaluation, with features scaled by the selection's values.
 
-    Gates get the selection's values; where a collection has none, its embeddings are multiplied by
-    them. Collective, as the model's forward is.
+    Gates get the selection's values; in a collection without gates, the embeddings are multiplied
+    by these values. Collective, like the model's forward.
 
     Args:
-        model: the old model, sharded.
-        selection: what is to be pruned.
-        batch: an input of the model.
-        forward: runs a model on the batch.
+        model: old model, sharded.
+        selection: selection to prune by.
+        batch: input of the model.
+        forward: function that runs a model on the batch.
 
     Returns:
-        Every floating point tensor of the output.
+        Every floating-point tensor of the output.
     """
     with (
         _undisturbed(model),
@@ -90,24 +90,24 @@ def outputs_after(
     forward: Forward,
     dense_features: Mapping[str, tuple[str, ...]],
 ) -> list[Tensor]:
-    """What the pruned model computes in evaluation for an input of the old one.
+    """Outputs of the pruned model in evaluation, for an input of the old model.
 
     Args:
-        model: the pruned model, sharded.
-        selection: what was pruned.
-        batch: an input of the old model; the pruned one gets its remaining dense columns.
-        forward: runs a model on the batch.
+        model: pruned model, sharded.
+        selection: selection that the model was pruned by.
+        batch: input of the old model; the pruned model gets the remaining dense columns.
+        forward: function that runs a model on the batch.
         dense_features: own fqn of a module that reads gated dense columns -> the columns' names.
 
     Returns:
-        Every floating point tensor of the output.
+        Every floating-point tensor of the output.
     """
     with (
         _undisturbed(model),
         _narrowed_input(model, selection, dense_features),
     ):
         outputs = _floats(forward(model, batch))
-    # Else the order of this batch, which has the dropped keys too, would misplace those of others.
+    # This batch still has the dropped keys: its cached key order would misplace those of others.
     for collection in sharded_collections(model).values():
         forget_input_order(collection)
     return outputs
@@ -120,7 +120,7 @@ def _floats(output: Any) -> list[Tensor]:
 
 @contextmanager
 def _scaled(model: nn.Module, selection: Selection) -> Iterator[None]:
-    """Embeddings of features without a gate are multiplied by the selection's value."""
+    """Multiplies embeddings of features without a gate by the selection's value."""
     gated = {feature for _, gates in feature_gates(model) for feature in gates.features}
 
     def scale(
@@ -148,7 +148,7 @@ def _scaled(model: nn.Module, selection: Selection) -> Iterator[None]:
 def _narrowed_input(
     model: nn.Module, selection: Selection, dense_features: Mapping[str, tuple[str, ...]]
 ) -> Iterator[None]:
-    """Modules that read fewer dense columns now are given those of the gated model's input."""
+    """Passes the remaining columns of the old input to modules that read fewer dense columns."""
     with ExitStack() as stack:
         for fqn, names in dense_features.items():
             dropped = set(selection.dropped)

@@ -1,4 +1,4 @@
-"""Parity: the pruned model computes what the old one computes, or it is not used."""
+"""Parity: the pruned model is used only if it computes what the old model computes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torchrec_fmp.pruning.proposal import Proposal
 
 
 class ParityError(RuntimeError):
-    """The pruned model does not compute what the old model computes; nothing was changed."""
+    """The pruned model's outputs do not match the old model's outputs; nothing was changed."""
 
 
 class Parity:
     """Compares the pruned model with the old one on a batch. Collective.
 
     Args:
-        proposal: the prune; the old model's outputs are taken at once.
-        batch: an input of the old model, on each rank its own.
-        forward: runs a model on the batch.
-        tolerance: largest difference allowed, relative to max(1, the largest output).
+        proposal: prune to check; the old model's outputs are computed immediately.
+        batch: input of the old model, different on each rank.
+        forward: function that runs a model on the batch.
+        tolerance: largest allowed difference, relative to max(1, the largest output).
 
     Raises:
         ValueError: if the old model's output is not finite on any rank.
@@ -47,11 +47,12 @@ class Parity:
         if largest(float(not finite), proposal.group, proposal.model.device):
             raise ValueError(
                 "the old model's output is not finite on this batch, on this rank or another, so "
-                "the pruned model could not be compared with it: nothing was changed"
+                "the pruned model cannot be compared with it: use another batch. Nothing was "
+                "changed"
             )
 
     def check(self, new: DistributedModelParallel) -> float:
-        """Max abs difference over all ranks.
+        """Largest absolute difference over all ranks.
 
         Raises:
             ParityError: if the outputs differ by more than the tolerance on any rank.
@@ -71,17 +72,17 @@ class Parity:
         if not relative <= self._tolerance:
             raise ParityError(
                 f"pruned and old outputs differ by {max_abs:.3g} ({relative:.3g} relative to the "
-                f"largest), more than {self._tolerance:.3g}: a cut rule does not do what its "
-                "module computes, or a gate was folded into a table of low precision, which needs "
-                "a larger tolerance. Nothing was changed"
+                f"largest), more than {self._tolerance:.3g}: a cut rule does not match its "
+                "module's forward, or a gate was folded into a low-precision table, which needs a "
+                "larger tolerance. Nothing was changed"
             )
         return max_abs
 
     def _together(self, what: str, outputs: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """A forward pass that ends on all ranks if it fails on one.
+        """Runs a forward pass that fails on all ranks if it fails on one.
 
-        The others wait for that rank in a collective, which only the group's timeout ends: it is
-        left behind in its thread, and the group is of no use afterwards.
+        The other ranks wait for the failed rank in a collective that only the group's timeout ends.
+        The collective is left behind in its thread, and the group is unusable afterwards.
         """
         proposal = self._proposal
         if proposal.group.size() == 1:
@@ -97,13 +98,13 @@ class Parity:
 
 
 class Difference(NamedTuple):
-    """How far two models' outputs lie apart.
+    """The difference between the outputs of two models.
 
     Args:
-        max_abs: largest absolute difference; NaN where the old model's outputs are not finite,
-            infinite where only the new one's are not.
-        relative: the same over max(1, largest absolute output): what fp32 can be held to, whose
-            rounding grows with the values.
+        max_abs: largest absolute difference; NaN if the old model's outputs are not finite,
+            infinite if only the new model's are not.
+        relative: largest ratio, over the output tensors, of the difference to max(1, largest
+            absolute output), because fp32 rounding grows with the values.
     """
 
     max_abs: float
@@ -111,15 +112,17 @@ class Difference(NamedTuple):
 
 
 def compare(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> Difference:
-    """Difference between the outputs of the old and of the pruned model on this rank.
+    """The difference between the outputs of the old and the pruned model on this rank.
 
     Raises:
         ValueError: if the models return different structures.
     """
     shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (expected, actual)]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"the old model returns {shapes[0]}, the pruned model {shapes[1]}")
-    # Not an error here: the other ranks, whose outputs are finite, would wait for this one.
+        raise ValueError(
+            f"the old model returns shapes {shapes[0]}, but the pruned model {shapes[1]}"
+        )
+    # An error here would leave the other ranks, whose outputs are finite, waiting for this one.
     if not all(bool(tensor.isfinite().all()) for tensor in expected):
         return Difference(math.nan, math.nan)
     max_abs = relative = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""`propose`: all that a prune decides before anything moves; `dry_run` stops there."""
+"""`propose`: everything that a prune decides before anything moves; `dry_run` stops there."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from torchrec_fmp.surgery.cut import Cut, cut, parameter_count, table_bytes
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a prune is to do.
+    """The decisions of a prune, before anything has moved.
 
     Args:
-        model: to prune.
-        group: its process group.
-        tables: of the model.
-        blueprint: of the model.
-        smaller: the pruned model, not sharded, and what it is made of.
-        manifest: without the parity figure.
+        model: model to prune.
+        group: process group of the model.
+        tables: tables of the model.
+        blueprint: unsharded copy of the model on the meta device.
+        smaller: pruned model, unsharded, and its `CutMap`.
+        manifest: manifest without the parity figure.
     """
 
     model: DistributedModelParallel
@@ -62,9 +62,9 @@ def dry_run(
     steps_left: int | None = None,
     move: MoveConfig | None = None,
 ) -> Manifest:
-    """What `prune` would do, without touching anything.
+    """The manifest of a prune, without changing anything.
 
-    Collective. Arguments and errors are those of `prune`.
+    Collective. Arguments and errors are the same as for `prune`.
     """
     proposal = propose(
         model,
@@ -90,12 +90,12 @@ def propose(
     """Cuts the blueprint and plans the smaller model, the same on every rank. See `prune`.
 
     Args:
-        model: see `prune`, as for the others.
-        selection: the decisions.
-        planner: for the new plan.
+        model: model to prune; for all arguments see `prune`.
+        selection: selection to apply.
+        planner: planner for the new plan.
         replan: whether surviving tables move.
         steps_left: training steps remaining; None is treated as unlimited.
-        move: how tables move.
+        move: settings for moving tables.
         also: extra values that must match on every rank.
     """
     if not isinstance(model, DistributedModelParallel):
@@ -107,12 +107,12 @@ def propose(
         raise ValueError("the model was sharded without a process group; prune needs one")
     if isinstance(model, DMPCollection):
         raise TypeError(
-            "the model is a DMPCollection, whose replicas of the tables a prune would no longer "
-            "keep alike; only DistributedModelParallel can be pruned"
+            "the model is a DMPCollection, whose table replicas would not stay in sync after a "
+            "prune; pass a plain DistributedModelParallel"
         )
     check_equal(selection.digest(), "the selection", group)
     arguments = repr((replan, steps_left, move, also))
-    check_equal(arguments, "an argument beside the batch (or whether there is a batch)", group)
+    check_equal(arguments, "an argument other than the batch (or whether there is a batch)", group)
     with all_or_none("cutting the model", group, move.timeout):
         _check_detached(model)
         _check_decided(model, selection)
@@ -177,7 +177,7 @@ def _on_rank_0(
     if not table_shapes(smaller):
         return Choice(ShardingPlan({}))
     choices: list[Choice] = [Choice(ShardingPlan({}))]
-    # However long the user's planner takes.
+    # The user's planner may take however long it needs.
     with all_or_none("planning", group, timedelta(days=1)):
         if dist.get_rank(group) == 0:
             choices = [choose()]
@@ -186,7 +186,7 @@ def _on_rank_0(
 
 
 def _check_detached(model: nn.Module) -> None:
-    """A pipeline holds batches that it has distributed by the old plan."""
+    """Refuses a model in a pipeline, which holds batches distributed by the old plan."""
     for fqn, module in model.named_modules():
         if isinstance(module.__dict__.get("forward"), BaseForward):
             raise ValueError(
@@ -196,8 +196,10 @@ def _check_detached(model: nn.Module) -> None:
 
 
 def _check_decided(model: nn.Module, selection: Selection) -> None:
-    """A gate without a decision would be lost: its feature would stay, unscaled."""
+    """Refuses a gate without a decision: it would be lost, and its feature would stay, unscaled."""
     gated = [name for _, module in feature_gates(model) for name in module.features]
     undecided = [name for name in gated if name not in selection.features]
     if undecided:
-        raise ValueError(f"the selection has no decision for the gated features {undecided}")
+        raise ValueError(
+            f"the selection has no decision for the gated features {undecided}: add one for each"
+        )

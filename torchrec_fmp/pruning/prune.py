@@ -1,7 +1,7 @@
 """`prune`: drops features from a running model, with its plan and its optimizer.
 
-A transaction: until the new model is whole on every rank, the old one and its optimizer are as they
-were, or can be put back; the optimizer is changed in the last step.
+A transaction: until the new model is complete on every rank, the old model and its optimizer are
+unchanged, or can be restored. The optimizer is changed in the last step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class Pruned(NamedTuple):
-    """The new model, the optimizer that belongs to it, and what was done."""
+    """The new model, its optimizer, and the manifest of the prune."""
 
     model: DistributedModelParallel
     optimizer: Optimizer
@@ -57,49 +57,52 @@ def prune(
     """Drops the features that the selection drops, and everything that only they needed.
 
     Collective: every rank of the model's process group calls it. TorchRec's planner makes a new
-    plan; tables, their fused optimizer state, dense parameters and the state of `optimizer` move to
-    their new places. The new model holds plain TorchRec modules under the original fqns, or gated
-    ones where `gates` are given. What `torch.compile` wraps is wrapped again with the same backend
-    and options and compiles anew; modules compiled in place by `module.compile()` are plain
-    afterwards, with a warning.
+    plan; tables, their fused optimizer states, dense parameters and the state of `optimizer` move
+    to their new places. The new model holds plain TorchRec modules under the original fqns, or
+    gated modules if `gates` is given. Modules that `torch.compile` wraps are wrapped again with the
+    same backend and options, and compile again. Modules compiled in place by `module.compile()`
+    are not compiled afterwards; a warning names them.
 
     Args:
-        model: the sharded model, gated or not. Free it afterwards; until then it can be used,
-            unless its tables were staged in host memory.
-        optimizer: of the dense parameters, or TorchRec's `CombinedOptimizer` of all. The returned
-            one belongs to the new model; schedulers that refer to it go on working, but one that
-            refers to `model.fused_optimizer`, which is replaced, is to be made anew. A table that
-            comes to it from the fused optimizer joins its first param group that holds tables, or
-            else its first that holds dense parameters; see docs/optimizer_state.md.
-        selection: the same on every rank.
-        planner: for the new plan, such as the one that planned the model.
-        batch: an input of the old model, on each rank its own, to compare the two models on.
-        forward: runs a model on the batch, where that is not `model(batch)`.
-        tolerance: largest difference allowed, absolute where the outputs are below 1 and relative
-            to the largest output above, as fp32 rounds.
-        replan: `planner` takes the planner's new plan; `sticky` leaves the tables that survive
-            where they are; `auto` decides by the planner's estimates, and the manifest says why. It
-            takes no table from the fused to the dense optimizer or back; `planner` does, where the
-            two keep the same states.
-        steps_left: that are to be trained, which `auto` holds against the time of the move; None
-            if unknown, which counts as many.
-        move: how tables move.
-        gates: of the new model, which is to be pruned again; None for none. They are new, exactly
-            open, on every sparse feature and on the dense columns that had gates, and not in the
-            optimizer. Their noise goes on where that of the old gates ended.
+        model: sharded model, gated or not. Free it afterwards. Until then it can be used, unless
+            its tables were staged in host memory.
+        optimizer: optimizer of the dense parameters, or TorchRec's `CombinedOptimizer` of all. The
+            returned optimizer belongs to the new model. Schedulers that refer to it continue to
+            work; create a scheduler again if it refers to `model.fused_optimizer`, which is
+            replaced. A table that comes from the fused optimizer joins the first param group that
+            holds tables, or else the first that holds dense parameters; see
+            docs/optimizer_state.md.
+        selection: selection to apply, the same on every rank.
+        planner: planner for the new plan, such as the one that planned the model.
+        batch: input of the old model, different on each rank, to compare the two models on.
+        forward: function that runs a model on the batch; by default `model(batch)`.
+        tolerance: largest allowed difference: absolute for outputs below 1, relative to the largest
+            output above, because fp32 rounds relatively.
+        replan: choice of the plan. `planner` takes the planner's new plan; `sticky` leaves
+            surviving tables where they are; `auto` decides by the planner's estimates, and the
+            manifest says why. `auto` moves no table between the fused and the dense optimizer;
+            `planner` does, if the two keep the same states.
+        steps_left: training steps remaining, which `auto` weighs against the time of the move; None
+            is treated as unlimited.
+        move: settings for moving tables.
+        gates: configuration of the new model's gates, for another prune; None for no gates. The
+            gates are new and exactly open, on every sparse feature and on the dense columns that
+            had gates, and are not in the optimizer. Their noise continues where the noise of the
+            old gates ended.
 
     Raises:
         ParityError: if the outputs differ by more than the tolerance on any rank.
-        RuntimeError: if ranks were given different arguments, or another rank failed or did not
-            answer. If that was in a forward pass, the process group is of no use afterwards.
-        PlannerError: if the planner finds no plan, and `replan` is `planner`.
+        RuntimeError: if ranks got different arguments, or another rank failed or did not answer. If
+            that happened in a forward pass, the process group is unusable afterwards.
+        PlannerError: if the planner finds no plan, and the tables cannot stay where they are
+            either; see `replan`.
         CorruptionError: if a message arrives changed; with `MoveConfig.checksums`.
-        TypeError: if a module reads a dropped feature and has no cut rule, or the optimizer keeps
-            parameters anywhere but in its param groups.
-        ValueError: if the selection does not fit the model, or the optimizer does not, or the
-            planner is for other ranks, or TorchRec would pool a table differently under its plan,
-            or the old model's output on the batch is not finite, or the model was sharded without
-            `torchrec_fmp.sharders` and the new one is to have gates.
+        TypeError: if a module reads a dropped feature and has no cut rule, or if the optimizer
+            keeps parameters anywhere except in its param groups.
+        ValueError: if the selection or the optimizer does not fit the model; if the planner is for
+            other ranks; if TorchRec would pool a table differently under the new plan; if the old
+            model's output on the batch is not finite; or if `gates` is given, but the model was
+            sharded without `torchrec_fmp.sharders`.
     """
     move = move or MoveConfig()
     proposal = propose(

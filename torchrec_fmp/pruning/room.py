@@ -1,4 +1,4 @@
-"""`Room`: where the old tables are while the new ones are built and filled."""
+"""`Room`: keeps the old tables while the new ones are built and filled."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torchrec_fmp.reshard.staging import HostStage, release
 
 
 class Room:
-    """Where the old tables are while the new ones are built and filled.
+    """Keeps the old tables while the new ones are built and filled.
 
     They stay in place, or are staged in host memory if the manifest says so. If anything fails,
-    the new tables' memory is freed before the old ones are given back to the old model.
+    the new tables' memory is freed before the old tables return to the old model.
     """
 
     def __init__(self, proposal: Proposal, move: MoveConfig) -> None:
@@ -48,9 +48,9 @@ class Room:
             return
         self.lease.end()
         if self._stage is not None:
-            # A collection that failed half way is held by the frames that built it alone.
+            # Only the frames that built it hold a collection that failed half way.
             traceback.clear_frames(error.__traceback__)
-            # Sharding replaces the smaller model's collections in place, one after the other.
+            # Sharding replaces the smaller model's collections in place, one at a time.
             for collection in sharded_collections(self._proposal.smaller.model).values():
                 release(local_shards(collection))
             self._stage.restore()

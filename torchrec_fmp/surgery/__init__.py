@@ -1,1 +1,1 @@
-"""From a model and a selection to the smaller model and the `CutMap`."""
+"""Makes the smaller model and its `CutMap` from a model and a selection."""

@@ -1,7 +1,7 @@
 """`blueprint`: the unsharded, ungated model on the meta device, rebuilt from the sharded one.
 
-It is taken when it is needed, so what the user changed since sharding is in it, and a model that
-never had gates has one too.
+It is computed when needed, so it includes the user's changes since sharding, and works for a model
+that never had gates.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Blueprint:
     """The model as its author wrote it, without weights.
 
     Args:
-        model: parameters on the meta device; buffers are copies. Nothing wraps its modules, so its
-            fqns are the model's own.
+        model: unsharded model with parameters on the meta device and copies of buffers. Nothing
+            wraps its modules, so its fqns are own fqns.
         dense_features: own fqn of a module that reads gated dense columns -> the columns' names.
-        compilers: what compiles which of the model's modules.
+        compilers: compilers of the model's modules, by own fqn.
     """
 
     model: nn.Module
@@ -59,7 +59,7 @@ def blueprint(model: nn.Module) -> Blueprint:
     """Takes the blueprint of a model, sharded or not.
 
     Modules that were compiled in place, by `module.compile()`, are not compiled in the pruned
-    model: torch does not keep how. What modules have cached of earlier batches is left out, as
+    model, because torch does not record the options. Caches from earlier batches are left out:
     TorchRec's `KTRegroupAsDict` caches the order of the keys, which another plan changes.
 
     Raises:
@@ -89,9 +89,9 @@ def blueprint(model: nn.Module) -> Blueprint:
 
 
 def _unsharded(collection: nn.Module, fqn: str, memo: dict[int, Any]) -> nn.Module:
-    """The collection on meta, with the fused optimizers that were set on its parameters.
+    """The collection on the meta device, with the fused optimizers that were set on its parameters.
 
-    It is put into the memo, by which a collection that is read in several places stays one.
+    The memo gets the result, so that a collection that is read in several places stays one object.
     """
     if id(collection) not in memo:
         if isinstance(collection, ShardedEmbeddingBagCollection):

@@ -15,7 +15,7 @@ from torchrec_fmp.selection.selection import Selection
 from torchrec_fmp.surgery.blueprint import Blueprint
 from torchrec_fmp.surgery.cut_map import CutMap
 from torchrec_fmp.surgery.cut_tables import cut_tables
-from torchrec_fmp.surgery.families import deepfm as deepfm  # these register their rules
+from torchrec_fmp.surgery.families import deepfm as deepfm  # these imports register rules
 from torchrec_fmp.surgery.families import dlrm as dlrm
 from torchrec_fmp.surgery.linear import cut_dense
 from torchrec_fmp.surgery.rules import Cutter, rule_for
@@ -23,7 +23,7 @@ from torchrec_fmp.surgery.rules import Cutter, rule_for
 
 @dataclass(frozen=True)
 class Cut:
-    """The smaller model, with parameters on meta, and what it is made of; fqns are own ones."""
+    """The smaller model, with parameters on meta, and its `CutMap`; fqns are own fqns."""
 
     model: nn.Module
     cut_map: CutMap
@@ -43,7 +43,7 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
     for fqn, features in blueprint.dense_features.items():
         cut_dense(model.get_submodule(fqn), fqn, features, cutter)
     _cut_module(model, "", cutter, {})
-    # Buffers that are not saved, and extra state, are the blueprint's copies, or what a rule made.
+    # Unsaved buffers and extra state are the blueprint's copies, or were made by a rule.
     for fqn, tensor in model.state_dict(keep_vars=True).items():
         if fqn not in cutter.tensors and not fqn.endswith("_extra_state"):
             cutter.record(fqn, tensor)
@@ -51,7 +51,7 @@ def cut(blueprint: Blueprint, selection: Selection) -> Cut:
 
 
 def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.Module]) -> None:
-    """Cuts all below; `done` has the new collections by the old one's id, as some are shared."""
+    """Cuts a module and all below; `done` maps the id of a shared collection to the new one."""
     rule = rule_for(module)
     if rule is not None:
         rule(module, fqn, cutter)
@@ -64,7 +64,7 @@ def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.
         features = feature_names(table_configs(child))
         dropped = [feature for feature in features if not cutter.keeps(feature)]
         if dropped:
-            raise _no_rule(module, fqn, f"reads the features {dropped}, which are dropped")
+            raise _no_rule(module, fqn, f"reads the dropped features {dropped}")
         smaller, gates = cut_tables(child, child_fqn, cutter)
         scaled = [feature for feature, gate in gates.items() if gate != 1]
         if scaled:
@@ -76,7 +76,7 @@ def _cut_module(module: nn.Module, fqn: str, cutter: Cutter, done: dict[int, nn.
 def _no_rule(module: nn.Module, fqn: str, problem: str) -> TypeError:
     name = type(module).__name__
     return TypeError(
-        f"{fqn or 'the model'} is a {name} that {problem}, and there is no cut rule for {name}: "
+        f"{fqn or 'the model'} is a {name} that {problem}, but there is no cut rule for {name}: "
         f"register one with @torchrec_fmp.cut_rule({name})"
     )
 
@@ -88,7 +88,7 @@ def _check_features(model: nn.Module, blueprint: Blueprint, selection: Selection
             known.update(feature_names(table_configs(module)))
     unknown = [name for name in selection.features if name not in known]
     if unknown:
-        raise ValueError(f"the selection decides on features the model does not have: {unknown}")
+        raise ValueError(f"the selection names features the model does not have: {unknown}")
 
 
 def table_bytes(model: nn.Module) -> int:

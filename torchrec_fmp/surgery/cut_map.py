@@ -1,6 +1,6 @@
-"""`CutMap`: what every tensor of the smaller model is made of.
+"""`CutMap`: the source of every tensor in the smaller model.
 
-One map moves weights, fused optimizer state and dense optimizer state.
+The same map moves weights, fused optimizer states and dense optimizer states.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TensorCut:
 
     Args:
         source: fqn of the tensor in the old model.
-        source_shape: its shape there.
+        source_shape: shape of that tensor.
         columns: positions kept along the last dimension, int64; None keeps all.
         scale: folded gates, broadcast along the last dimension; None is exactly 1.
     """
@@ -38,14 +38,14 @@ class TensorCut:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the new tensor is the old one, neither cut nor scaled."""
+        """Whether the new tensor equals the old one, neither cut nor scaled."""
         return self.columns is None and self.scale is None
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The new parameter or buffer: a new tensor of `shape`.
 
         Raises:
-            ValueError: if `tensor` has not the source's shape.
+            ValueError: if `tensor` does not have the source's shape.
         """
         kept = self.select(tensor)
         return kept if self.scale is None else kept * self.scale.to(kept)
@@ -54,11 +54,11 @@ class TensorCut:
         """The part of an optimizer state that survives, unscaled: a new tensor of `shape`.
 
         Raises:
-            ValueError: if `tensor` has not the source's shape.
+            ValueError: if `tensor` does not have the source's shape.
         """
         if tensor.shape != self.source_shape:
             raise ValueError(
-                f"{self.source} has the shape {tuple(tensor.shape)}, the cut was made for "
+                f"{self.source} has the shape {tuple(tensor.shape)}, but the cut was made for "
                 f"{tuple(self.source_shape)}"
             )
         if self.columns is None:
@@ -73,7 +73,7 @@ class CutMap:
     tensors: Mapping[str, TensorCut] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Equal for equal maps, on any rank."""
+        """A hash that is equal for equal maps, on any rank."""
         hasher = hashlib.blake2b(digest_size=16)
         for fqn, cut in self.tensors.items():
             hasher.update(f"{fqn}={cut.source}{tuple(cut.source_shape)}".encode())

@@ -20,20 +20,21 @@ from torchrec_fmp.surgery.rules import Cutter
 
 
 def cut_tables(collection: C, fqn: str, cutter: Cutter) -> tuple[C | None, dict[str, float]]:
-    """The collection with the kept features only.
+    """Reduces a collection to the kept features.
 
-    A table goes when all its features go; otherwise it and the other features are untouched. Where
-    the kept features of a table agree on their gate, it is folded into the table's rows; a feature
-    that several tables serve is folded in all of them or in none.
+    A table is dropped when all its features are; otherwise the table and its other features are
+    untouched. If the kept features of a table agree on their gate, the gate is folded into the
+    table's rows. A feature that several tables serve is folded in all of them or in none.
 
     Args:
-        collection: an `EmbeddingBagCollection` or `EmbeddingCollection`, parameters on meta.
-        fqn: of the collection.
-        cutter: gets the records.
+        collection: `EmbeddingBagCollection` or `EmbeddingCollection` with parameters on the meta
+            device.
+        fqn: own fqn of the collection.
+        cutter: cutter that records the cuts.
 
     Returns:
-        The new collection on meta, or None where no feature is left; and for each kept feature the
-        gate that is left for the layers that read it: 1 where it was folded.
+        The new collection on the meta device, or None if no feature is left; and, for each kept
+        feature, the gate that is left for the layers that read it: 1 if the gate was folded.
     """
     configs = table_configs(collection)
     kept_by_table = {

@@ -26,10 +26,10 @@ _FIRST_CHILD: dict[type[nn.Module], str] = {
 def cut_dense(module: nn.Module, fqn: str, features: Sequence[str], cutter: Cutter) -> None:
     """Shrinks the first layer of the module that reads a gated dense input, in place.
 
-    The input loses the dropped columns too: the pruned model reads the kept ones, in order.
+    The input loses the dropped columns too: the pruned model reads the kept columns, in order.
 
     Raises:
-        TypeError: if columns change and the first layer is not found to be linear.
+        TypeError: if columns change and the first layer is not known to be linear.
     """
     gates = torch.tensor([cutter.gate(feature) for feature in features])
     if bool((gates == 1).all()):
@@ -40,7 +40,7 @@ def cut_dense(module: nn.Module, fqn: str, features: Sequence[str], cutter: Cutt
     name = first_linear(module)
     if name is None:
         raise TypeError(
-            f"{fqn} is a {type(module).__name__} that reads dense features {list(features)}, and "
+            f"{fqn} is a {type(module).__name__} that reads dense features {list(features)}, but "
             "its first layer is not known to be linear: gate a Linear, Sequential, MLP or DenseArch"
         )
     linear = module.get_submodule(name)
@@ -64,11 +64,11 @@ def cut_linear(linear: nn.Linear, fqn: str, cutter: Cutter, columns: Tensor, sca
     """Shrinks a linear layer's input to `columns`, each multiplied by its `scale`.
 
     Args:
-        linear: changed in place.
-        fqn: of the layer.
-        cutter: gets the record.
-        columns: (I',) int64 input positions that stay.
-        scale: (I',) fp32.
+        linear: linear layer, changed in place.
+        fqn: own fqn of the layer.
+        cutter: cutter that records the cut.
+        columns: (I',) int64 positions of the kept inputs.
+        scale: (I',) fp32 scales of the kept inputs.
     """
     old = linear.weight
     linear.in_features = len(columns)
@@ -82,12 +82,12 @@ def cut_linear(linear: nn.Linear, fqn: str, cutter: Cutter, columns: Tensor, sca
 def kept_columns(
     blocks: Iterable[tuple[str | None, int]], gates: Mapping[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Columns of a concatenation that stay, and what scales each, as `cut_linear` takes them.
+    """Kept columns of a concatenation and their scales, as arguments for `cut_linear`.
 
     Args:
-        blocks: what is concatenated, in order: a feature, or None for what stays as it is, and its
-            number of columns.
-        gates: of the features that stay, as `cut_tables` returns them.
+        blocks: concatenated blocks, in order: (feature, number of columns), with None as the
+            feature for a block that stays unchanged.
+        gates: gates of the kept features, as returned by `cut_tables`.
 
     Returns:
         (I',) int64 columns in ascending order, and (I',) fp32 scales.

@@ -1,7 +1,7 @@
-"""The registry of cut rules, one rule per module type, and what a rule works with.
+"""The registry of cut rules, one per module type, and the `Cutter` that a rule works with.
 
-A model needs a rule for the module that holds an embedding collection and what reads it. Here the
-pooled features are concatenated behind a dense input and read by a linear layer::
+A model needs a rule for the module that holds an embedding collection and its readers. Here the
+pooled features are concatenated after a dense input and read by a linear layer::
 
     import torchrec_fmp as fmp
 
@@ -22,22 +22,22 @@ pooled features are concatenated behind a dense input and read by a linear layer
 
     @fmp.cut_rule(Ranker)
     def cut_ranker(model: Ranker, fqn: str, cutter: fmp.Cutter) -> None:
-        # Cut the tables: the smaller collection, and the gates that are left for its readers.
+        # Cut the tables: this returns the smaller collection, and the gates left for its readers.
         smaller, gates = fmp.cut_tables(model.ebc, fmp.join_fqn(fqn, "ebc"), cutter)
         if smaller is None:
             raise ValueError(f"{fqn} has no features left")
         model.ebc = smaller
-        # Cut the layer that reads them: None is a block that stays, here the dense input.
+        # Cut the layer that reads them: None marks a block that stays, here the dense input.
         dense = model.over.in_features - sum(model.widths.values())
         columns, scale = fmp.kept_columns([(None, dense), *model.widths.items()], gates)
         fmp.cut_linear(model.over, fmp.join_fqn(fqn, "over"), cutter, columns, scale)
         # Cut the names by which forward finds the features.
         model.widths = {name: width for name, width in model.widths.items() if name in gates}
 
-A rule covers the module and all below it. Where it may leave a collection out, it sets it to None,
-as the module's forward must understand. Read a `KeyedTensor` by its keys: the order of `values()`
-is the sharding plan's. `prune` compares the models on a real batch if it is given one, and refuses
-a rule that does not do what the module computes.
+A rule covers the module and everything inside it. A rule that removes a whole collection sets it to
+None, and the module's forward must handle that. Read a `KeyedTensor` by its keys: the order of
+`values()` depends on the sharding plan. If `prune` gets a real batch, it compares the models
+on it, and refuses a rule that does not match the module's forward.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ def cut_rule(module_type: type[M]) -> Callable[[Rule[M]], Rule[M]]:
     """Registers how modules of exactly this type shrink.
 
     The rule is called as `rule(module, fqn, cutter)`. It changes `module`, whose parameters are on
-    meta, in place, so that it reads the kept features only, and records through `cutter` what its
-    changed tensors are made of. What the module returns must keep its shape.
+    the meta device, in place, so that it reads only the kept features, and records each changed
+    tensor through `cutter`. The module's output must keep its shape.
 
-    A module that `torch.compile` wraps is given to its rule without the wrapper, and compiled again
-    afterwards.
+    The rule of a module that `torch.compile` wraps gets the module without the wrapper; the module
+    is compiled again afterwards.
 
     Raises:
-        ValueError: if there is a rule for the type.
+        ValueError: if the type already has a rule.
     """
 
     def register(rule: Rule[M]) -> Rule[M]:
         if module_type in _RULES:
-            raise ValueError(f"there is a cut rule for {module_type.__name__} already")
+            raise ValueError(f"{module_type.__name__} already has a cut rule")
         _RULES[module_type] = rule  # type: ignore[assignment]
         return rule
 
@@ -87,7 +87,7 @@ def rule_for(module: nn.Module) -> Rule[nn.Module] | None:
 
 
 def check_parts(model: nn.Module, fqn: str, parts: Mapping[str, type[nn.Module]]) -> None:
-    """Sees whether the model's children are of exactly the types that its rule knows.
+    """Checks that the model's children have exactly the types that its rule knows.
 
     Raises:
         TypeError: if a part of the model was replaced by a module of another type.
@@ -103,10 +103,10 @@ def check_parts(model: nn.Module, fqn: str, parts: Mapping[str, type[nn.Module]]
 
 
 class Cutter:
-    """The selection, for rules to read, and the record that they write.
+    """The selection that a rule reads, and the record that it writes.
 
     Args:
-        selection: decisions; a feature that it does not name stays.
+        selection: decisions; a feature that it does not name is kept.
     """
 
     def __init__(self, selection: Selection) -> None:
@@ -114,12 +114,12 @@ class Cutter:
         self.tensors: dict[str, TensorCut] = {}
 
     def keeps(self, feature: str) -> bool:
-        """Whether the feature stays."""
+        """Whether the feature is kept."""
         decision = self._selection.features.get(feature)
         return decision is None or decision.kept
 
     def gate(self, feature: str) -> float:
-        """What a kept feature is scaled by."""
+        """The value that scales a kept feature."""
         decision = self._selection.features.get(feature)
         return 1.0 if decision is None else decision.gate
 
@@ -130,13 +130,13 @@ class Cutter:
         columns: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> None:
-        """Notes what a tensor is made of; see `TensorCut`. Its fqn stays the same.
+        """Records the source of a tensor; see `TensorCut`. The fqn stays the same.
 
         Args:
-            fqn: of the tensor.
-            source: the old tensor, for its shape.
-            columns: int64 positions along the last dimension.
-            scale: fp32; where it is 1 throughout, nothing is scaled.
+            fqn: own fqn of the tensor.
+            source: old tensor, read for its shape.
+            columns: int64 positions kept along the last dimension.
+            scale: fp32 scale; a scale of 1 throughout changes nothing.
         """
         if columns is not None and torch.equal(columns, torch.arange(source.shape[-1])):
             columns = None

@@ -1,9 +1,9 @@
 """Cut rule of TorchRec's `SimpleDeepFMNN`.
 
-A feature whose gate is 0 contributes zeros to the deep layer, whose columns of it go, and to the
-factorization machine, which takes the products of all pairs of elements and so needs no cut. A gate
-between 0 and 1 is exact in a table's rows alone: the deep layer reads the embeddings linearly, the
-factorization machine does not.
+A feature whose gate is 0 contributes zeros. The deep layer loses the feature's columns. The
+factorization machine takes the products of all pairs of elements, so it needs no cut. A gate
+between 0 and 1 is exact only in a table's rows: the deep layer reads the embeddings linearly, but
+the factorization machine does not.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def cut_deepfm(model: SimpleDeepFMNN, fqn: str, cutter: Cutter) -> None:
 
     Raises:
         TypeError: if a part that reads features was replaced by a module of another type.
-        ValueError: if no sparse feature is left, as TorchRec's interaction then returns another
-            number of columns, or if a table's features have different gates.
+        ValueError: if no sparse feature is left, because TorchRec's interaction then returns
+            another number of columns, or if a table's features have different gates.
     """
     check_parts(model, fqn, {"sparse_arch": SparseArch, "inter_arch": FMInteractionArch})
     collection = model.sparse_arch.embedding_bag_collection
@@ -49,19 +49,19 @@ def cut_fm_interaction(
     widths: Mapping[str, int],
     gates: Mapping[str, float],
 ) -> None:
-    """Shrinks TorchRec's interaction of a DeepFM, for the rule of any model that holds one.
+    """Shrinks TorchRec's DeepFM interaction, for the rule of any model that holds one.
 
     Args:
-        interaction: changed in place.
-        fqn: of the interaction.
-        cutter: gets the record.
+        interaction: TorchRec's interaction, changed in place.
+        fqn: own fqn of the interaction.
+        cutter: cutter that records the cut.
         widths: embedding dimension of each feature that the interaction reads.
-        gates: of the features that stay, as `cut_tables` returns them.
+        gates: gates of the kept features, as returned by `cut_tables`.
 
     Raises:
-        TypeError: if a part was replaced, or the deep module's first layer is not found to be
+        TypeError: if a part was replaced, or the deep module's first layer is not known to be
             linear.
-        ValueError: if a gate other than 1 is left, or no feature is.
+        ValueError: if a gate other than 1 is left, or no feature is left.
     """
     check_parts(interaction, fqn, {"deep_fm": DeepFM, "fm": FactorizationMachine})
     names = list(interaction.sparse_feature_names)
@@ -71,9 +71,9 @@ def cut_fm_interaction(
     scaled = {name: gates[name] for name in kept if gates[name] != 1}
     if scaled:
         raise ValueError(
-            f"{fqn} multiplies the features with each other, so their gates must fold into tables, "
-            f"and those of {scaled} do not, as features that share a table have different ones: "
-            "give them the same gate in the selection, 1 say, or a table each"
+            f"{fqn} multiplies the features with each other, so their gates must fold into tables. "
+            f"The gates {scaled} do not, because features that share a table have different gates: "
+            "give them the same gate in the selection, such as 1, or separate tables"
         )
     first = first_linear(interaction.deep_fm.dense_module)
     if first is None:

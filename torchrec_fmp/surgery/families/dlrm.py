@@ -1,8 +1,8 @@
 """Cut rule of TorchRec's `DLRM`.
 
 DLRM's interaction takes the dot product of every pair out of the embedded dense input and the F
-sparse features. A feature whose gate is 0 makes its F products 0, so its columns leave the over
-arch, and nothing else changes. A gate that is left between 0 and 1 scales those columns instead.
+sparse features. A feature whose gate is 0 makes its F products 0, so the over arch loses their
+columns, and nothing else changes. An unfolded gate between 0 and 1 scales these columns instead.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _FIRST_OVER = f"over_arch.model.0.{MLP_LAYERS}.0.{PERCEPTRON_LINEAR}"
 def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
     """Shrinks the tables, the interaction and the first layer of the over arch.
 
-    Where no feature is left, `sparse_arch` becomes `torch.nn.Identity`: the interaction of no
-    features returns the embedded dense input and leaves its other argument alone.
+    If no feature is left, `sparse_arch` becomes `torch.nn.Identity`: the interaction of no features
+    returns the embedded dense input and ignores its other argument.
 
     Raises:
         TypeError: if a part of the model was replaced by a module of another type.
@@ -61,7 +61,7 @@ def cut_dlrm(model: DLRM, fqn: str, cutter: Cutter) -> None:
 
 
 def _has_no_sparse_features(model: DLRM) -> bool:
-    """Whether an earlier cut has dropped them all."""
+    """Whether an earlier cut has dropped all sparse features."""
     interaction = model.inter_arch
     return (
         type(model.sparse_arch) is nn.Identity
@@ -73,15 +73,15 @@ def _has_no_sparse_features(model: DLRM) -> bool:
 def interaction_columns(
     keep: list[bool], gates: list[float], embedding_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """Columns of DLRM's interaction that stay, and what scales each.
+    """Kept columns of DLRM's interaction, and their scales.
 
     The interaction is the embedded dense input (D columns), then the products of the pairs i < j
     out of dense (0) and the sparse features (1 to F), row by row (InteractionArch.forward).
 
     Args:
-        keep: of each of the F features.
-        gates: of each feature, read for the kept ones.
-        embedding_dim: D.
+        keep: whether each of the F features is kept.
+        gates: gate of each feature; read only for kept features.
+        embedding_dim: embedding dimension D.
 
     Returns:
         (I',) int64 columns in ascending order, and (I',) fp32 scales.
