@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias, cast
 
@@ -174,7 +174,7 @@ def estimators_of(planner: EmbeddingShardingPlanner) -> list[ShardEstimator] | N
 
 def planner_copy(
     planner: EmbeddingShardingPlanner,
-    narrowed: Any,
+    narrowed: Callable[[dict[str, ParameterConstraints]], dict[str, ParameterConstraints]],
 ) -> EmbeddingShardingPlanner:
     """A copy of the planner without its data on the models that it has planned.
 
