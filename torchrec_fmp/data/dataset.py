@@ -52,6 +52,11 @@ class Source(abc.ABC):
             DataError: if the rows cannot be read; names file, row and column.
         """
 
+    @property
+    def total_rows(self) -> int:
+        """Number of rows in all row groups."""
+        return sum(group.rows for group in self.row_groups)
+
     def row_numbers(self, group: RowGroup) -> npt.NDArray[np.int64]:
         """The row number within the file of each of the group's rows, for messages."""
         return np.arange(group.first_row, group.first_row + group.rows)

@@ -39,7 +39,7 @@ class Subset(abc.ABC):
             ValueError: if `rows` is below 1, or exceeds the number of rows in the source.
             DataError: if the choice requires reading the source, and it cannot be read.
         """
-        total = sum(group.rows for group in source.row_groups)
+        total = source.total_rows
         if not 0 < rows <= total:
             raise ValueError(
                 f"{rows} rows cannot be chosen for pretraining out of {total}; choose 1 to {total}"
@@ -63,7 +63,7 @@ class Random(Subset):
     """Rows drawn with equal probability, without replacement. Reads nothing."""
 
     def choose(self, source: Source, schema: Schema, rows: int, seed: int) -> Mask:
-        total = sum(group.rows for group in source.row_groups)
+        total = source.total_rows
         random = np.random.default_rng(seed)
         return _mask(source, random.choice(total, rows, replace=False, shuffle=False))
 
@@ -144,7 +144,7 @@ class RecentResampling(Subset):
 
     def _log_ratio(self, source: Source, schema: Schema) -> npt.NDArray[np.float64]:
         """(buckets,) log ratio of a bucket's share among the recent rows to its share among all."""
-        total = sum(group.rows for group in source.row_groups)
+        total = source.total_rows
         first_recent = total - max(1, round(self.recent * total))
         counts = np.ones((2, _BUCKETS), np.int64)
         start = 0
@@ -190,7 +190,7 @@ class _MaskedSource(Source):
 
 
 def _mask(source: Source, chosen: npt.NDArray[np.int64]) -> Mask:
-    mask = np.zeros(sum(group.rows for group in source.row_groups), np.bool_)
+    mask = np.zeros(source.total_rows, np.bool_)
     mask[chosen] = True
     return mask
 

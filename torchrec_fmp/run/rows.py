@@ -67,7 +67,7 @@ class RunRows:
         self._test_source = config.data.source("test")
         self.per_rank = self._reader(self._train_source, self.schema).rows
         """Number of training rows that every rank has."""
-        rows = sum(group.rows for group in self._train_source.row_groups)
+        rows = self._train_source.total_rows
         step = config.pretrain_batch_size * ranks.world_size
         self._pretrain_rows = config.pretrain.rows_of(rows) // step * step
         self._check(rows)
@@ -98,8 +98,7 @@ class RunRows:
 
         def read_validation(rows: int) -> Iterable[Batch]:
             step = batch_size * self._ranks.world_size
-            there_are = sum(group.rows for group in self._split.rest.row_groups)
-            rows = min(rows, there_are) // step * step
+            rows = min(rows, self._split.rest.total_rows) // step * step
             if not rows:
                 return []
             subset, seed = self._config.pretrain.subset, self._config.seed
